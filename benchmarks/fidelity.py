@@ -1,0 +1,270 @@
+"""How good is a hypergradient, and what does it cost? The whole dial, measured on recorded runs.
+
+Every row trains one net once, with batches, seeds and states recorded, and then walks that one run
+back by every setting. Truth is the exact replay with the Hessian. Printed and written as JSON:
+cosine, sign agreement and norm ratio per kind of hyperparameter, seconds and bytes.
+
+    python benchmarks/fidelity.py --rows digits --data-dir DIR --out out/fidelity.json
+
+MNIST and CIFAR-10 are read with `tfds.load(..., data_dir=DIR)`; the digits are embedded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+import keras_drmad as kd
+from keras_drmad.estimator import Estimator, Hypergradients, Setting
+from keras_drmad.fidelity import Auto
+from keras_drmad.hyper_data import batches_of
+from keras_drmad.objectives import OuterLoss
+from keras_drmad.trajectories import Linear, Piecewise, Replay
+
+HERE = pathlib.Path(__file__).resolve().parent
+L2 = math.exp(-6.0)
+KINDS = ("l2/weight", "l2/input", "l2/neuron", "l2/layer", "rate/layer", "rate/step", "momentum")
+
+# net, optimizer, steps, learning rate, remark
+ROWS = {
+    "digits": [
+        ("digits", "sgd", 500, 0.1, ""),
+        ("digits", "sgd", 2000, 0.1, ""),
+        ("digits", "sgd", 1000, 0.3, ""),
+        ("digits", "sgd", 5000, 0.1, ""),
+        ("digits", "adam", 500, 0.003, ""),
+    ],
+    "mnist": [
+        ("mnist", "sgd", 200, 0.05, ""),
+        ("mnist", "sgd", 1000, 0.05, ""),
+        ("mnist", "sgd", 2000, 0.05, ""),
+        ("pooled", "sgd", 1500, 0.1, "non-zero mean"),
+        ("pooled", "sgd", 1500, 0.3, "edge of stability"),
+    ],
+    "cifar": [
+        ("cifar", "sgd", 100, 0.1, "BatchNormalization"),
+        ("cifar", "sgd", 200, 0.3, "BatchNormalization, edge of stability"),
+    ],
+}
+
+
+def data(name: str, folder: str | None):
+    """Training and hyper images and labels of a net."""
+    if name == "digits":
+        parts = [
+            tfds.load("digits", data_dir=HERE.parent / "examples/data", split=split,
+                      as_supervised=True, batch_size=-1)
+            for split in ("train", "test")
+        ]  # fmt: skip
+        x = np.concatenate([p[0].numpy() for p in parts]).reshape(-1, 64) / np.float32(16)
+        y = np.concatenate([p[1].numpy() for p in parts])
+        return (x[:900], y[:900]), (x[900:1300], y[900:1300])
+    source, count = ("cifar10", 8000) if name == "cifar" else ("mnist", 13000)
+    x, y = tfds.load(source, data_dir=folder, split=f"train[:{count}]", as_supervised=True,
+                     batch_size=-1)  # fmt: skip
+    x, y = x.numpy().astype("float32") / 255, y.numpy()
+    if name == "mnist":
+        x = x.reshape(-1, 784)
+    if name == "pooled":
+        x = x.reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(-1, 196)
+    held = count - count // 4
+    return (x[:held], y[:held]), (x[held:], y[held:])
+
+
+def net(name: str) -> keras.Model:
+    layers = keras.layers
+    if name == "cifar":
+        blocks = []
+        for filters in (16, 32, 64):
+            blocks += [
+                layers.Conv2D(filters, 3, padding="same", use_bias=False),
+                layers.BatchNormalization(),
+                layers.ReLU(),
+                layers.MaxPooling2D(),
+            ]
+        return keras.Sequential([keras.Input((32, 32, 3)), *blocks, layers.Flatten(),
+                                 layers.Dense(10)])  # fmt: skip
+    inputs, widths = {"digits": (64, (50, 50)), "mnist": (784, (50, 50, 50)),
+                      "pooled": (196, (40, 40))}[name]  # fmt: skip
+    hidden = [layers.Dense(width, activation="tanh") for width in widths]
+    return keras.Sequential([keras.Input((inputs,)), *hidden, layers.Dense(10)])
+
+
+def optimizer(name: str, rate: float, fine: bool):
+    """Fine: the finest grain, from which the others are sums. Otherwise what users tune."""
+    rate = kd.Hyperparameter(rate, per="layer", over="step" if fine else "run")
+    l2 = kd.Hyperparameter(L2, per="weight" if fine else "input")
+    if name == "adam":
+        momentum = kd.Hyperparameter(0.9) if fine else 0.9
+        return kd.optimizers.Adam(rate, beta_1=momentum, l2=l2)
+    momentum = kd.Hyperparameter(0.9) if fine else 0.9
+    return kd.optimizers.SGD(rate, momentum=momentum, dampened=True, l2=l2)
+
+
+def recorded(row, seed: int, folder, fine: bool, settings):
+    """A trained model, and an estimator with its finished run."""
+    name, rule, steps, rate, _ = row
+    keras.utils.set_random_seed(seed)
+    (x, y), hyper = data(name, folder)
+    model = net(name)
+    model.compile(
+        optimizer(rule, rate, fine),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    estimator = Estimator(model)
+
+    class Record(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            model.optimizer.build(model.trainable_variables)
+            model.optimizer.set_horizon(1, steps)
+            estimator.begin(steps, settings)
+
+        def on_train_batch_begin(self, batch, logs=None):
+            estimator.arm(lambda spec: None)
+
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed=seed).repeat()
+    started = time.perf_counter()
+    model.fit(batches.batch(50), steps_per_epoch=steps, verbose=0, shuffle=False,
+              callbacks=[Record()])  # fmt: skip
+    seconds = time.perf_counter() - started
+    estimator.finish(OuterLoss(model, batches_of(hyper, 2000)))
+    return model, estimator, seconds
+
+
+def kinds(model: keras.Model, found: Hypergradients) -> dict[str, np.ndarray]:
+    """The fine hypergradients summed to every grain, in raw units up to one factor a kind."""
+    result: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    for group, value in zip(model.optimizer.groups, found.values, strict=True):
+        value = value.numpy().astype(np.float64)
+        if group.argument == "l2":
+            value = value[0]
+            matrix = value.reshape(-1, *value.shape[-2:])
+            for kind, array in (
+                ("weight", value),
+                ("input", matrix.sum((0, 2))),
+                ("neuron", matrix.sum((0, 1))),
+                ("layer", value.sum()),
+            ):
+                result[f"l2/{kind}"].append(np.ravel(array))
+        elif group.argument == "learning_rate":
+            result["rate/step"].append(value)
+            result["rate/layer"].append(value.sum(keepdims=True).reshape(1))
+        else:
+            result["momentum"].append(np.ravel(value))
+    arrays = {kind: np.concatenate(parts) for kind, parts in result.items()}
+    if found.weights is not None:
+        arrays["initial weights"] = np.concatenate([np.ravel(w) for w in found.weights])
+    return arrays
+
+
+def compare(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    norm_a, norm_b = np.linalg.norm(a), np.linalg.norm(b)
+    with np.errstate(all="ignore"):
+        return {
+            "cosine": float(a @ b / (norm_a * norm_b)),
+            "signs": float(np.mean(np.sign(a) == np.sign(b))),
+            "norm": float(norm_a / norm_b),
+        }
+
+
+def dial() -> dict[str, Setting]:
+    """What is compared with the exact replay."""
+    return {
+        "linear, Gauss-Newton": Setting(Linear(), "gauss_newton"),
+        "linear, Hessian": Setting(Linear(), "hessian"),
+        "linear, Hessian, T/10 steps (as published)": Setting(
+            Linear(), "hessian", reverse_steps=0.1
+        ),
+        "9 anchors, Gauss-Newton": Setting(Piecewise(9), "gauss_newton"),
+        "33 anchors evenly, Hessian": Setting(Piecewise(33, "even"), "hessian"),
+        "129 anchors evenly, Hessian": Setting(Piecewise(129, "even"), "hessian"),
+        "replay, Gauss-Newton": Setting(Replay(), "gauss_newton"),
+    }
+
+
+def measure(row, seed: int, folder) -> list[dict]:
+    settings = dial()
+    exact = Setting(Replay(), "hessian")
+    model, estimator, fit_seconds = recorded(row, seed, folder, True, [exact, *settings.values()])
+    steps = row[2]
+    truth = estimator.walk(exact, [steps // 8, steps // 4, steps // 2])
+    reference = kinds(model, truth)
+    lines = []
+
+    def line(name: str, found: Hypergradients, setting: Setting | None) -> None:
+        arrays = kinds(model, found)
+        lines.append({
+            "net": row[0], "rule": row[1], "steps": steps, "rate": row[3], "remark": row[4],
+            "seed": seed, "setting": name, "seconds": found.seconds, "fit_seconds": fit_seconds,
+            "exact_seconds": truth.seconds, "problem": found.problem, "fallback": found.fallback,
+            "bytes": None if setting is None else estimator.nbytes(setting),
+            "kinds": {k: compare(arrays[k], b) for k, b in reference.items() if k in arrays},
+        })  # fmt: skip
+
+    for mark in truth.marks:
+        line(f"replay, Hessian, last {mark.steps / steps:.3g}", mark, None)
+    for name, setting in settings.items():
+        line(name, estimator.walk(setting), setting)
+    estimator.forget()
+    return lines
+
+
+def measure_auto(row, seed: int, folder) -> dict:
+    """What "auto" chooses for L2 per input unit and learning rates per layer."""
+    auto = Auto(fidelity=0.9)
+    _, estimator, _ = recorded(row, seed, folder, False, auto.settings())
+    started = time.perf_counter()
+    exact, found = auto.hypergradients(estimator, 1.0, 1.0)
+    seconds = time.perf_counter() - started
+    estimator.forget()
+    return {
+        "net": row[0], "rule": row[1], "steps": row[2], "rate": row[3], "remark": row[4],
+        "seed": seed, "chosen": str(auto.chosen), "why": auto.why, "measuring_seconds": seconds,
+        "exact_seconds": exact.seconds, "outer_loss": exact.outer_loss, "problem": exact.problem,
+        "cosines": {} if found is None else {k: a.cosine for k, a in found.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default="digits", help="digits, mnist, cifar, or several: a,b")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--out", default="out/fidelity.json")
+    arguments = parser.parse_args()
+    lines, chosen = [], []
+    for row in [row for part in arguments.rows.split(",") for row in ROWS[part]]:
+        here = []
+        for seed in range(arguments.seeds):
+            here += measure(row, seed, arguments.data_dir)
+            chosen.append(measure_auto(row, seed, arguments.data_dir))
+            keras.backend.clear_session()
+        lines += here
+        print("\n{} {}, T={}, rate {} {}".format(*row))
+        print(f"{'median of seeds: cosine / norm':<46}" + "".join(f"{k:>18}" for k in KINDS))
+        for name in dict.fromkeys(x["setting"] for x in here):
+            same = [x["kinds"] for x in here if x["setting"] == name]
+            cells = [
+                f"{np.median([x[k]['cosine'] for x in same]):.3f} / "
+                f"{np.median([x[k]['norm'] for x in same]):.2g}"
+                for k in KINDS
+            ]
+            print(f"{name:<46}" + "".join(f"{cell:>18}" for cell in cells))
+        for choice in chosen[-arguments.seeds :]:
+            print(f"  auto: {choice['chosen']}: {choice['why']}", flush=True)
+        out = pathlib.Path(arguments.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"settings": lines, "auto": chosen}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

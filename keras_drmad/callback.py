@@ -1,0 +1,470 @@
+"""The callback: wiring between `fit` and the rooms that do the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_drmad import checks, outer, saving, tensorboard, trajectories
+from keras_drmad import curvature as curvatures
+from keras_drmad import hyper_data as data_of
+from keras_drmad.estimator import Amount, Estimator, Hypergradients, Setting
+from keras_drmad.fidelity import Auto, Fixed
+from keras_drmad.normalization import uncorrected_layers
+from keras_drmad.objectives import OuterLoss, get_loss, seed_variables, trace
+from keras_drmad.recorder import unhook
+from keras_drmad.reports import (
+    Label,
+    Progress,
+    Record,
+    load_history,
+    nested,
+    save_history,
+    table,
+)
+from keras_drmad.restart import Start
+
+log = logging.getLogger("keras_drmad")
+
+
+class DrMADCallback(keras.callbacks.Callback):
+    """Tunes the optimizer's hyperparameters by gradient while `fit` trains (Fu et al., 2016).
+
+    After every horizon it walks back through the training steps, differentiates the outer loss
+    with respect to every `Hyperparameter`, and takes a step of the outer optimizer.
+
+    Example:
+
+    >>> callback = kd.DrMADCallback((x_hyper, y_hyper), horizon=2)
+    >>> model.fit(x, y, epochs=20, callbacks=[callback])
+    >>> callback.history[-1].hypergradients["l2"]["dense"]
+
+    Args:
+        hyper_data: What the outer loss is measured on: `(x, y[, sample_weight])`, a
+            `tf.data.Dataset` of batches, or a `PyDataset`. Not the training data; and not the
+            test data, which would no longer be unseen.
+        outer_optimizer: A Keras optimizer, its name (then with learning rate 0.1), or
+            `kd.optimizers.Sign(step)`. It moves raw values: logarithms of positive values,
+            logits of those between 0 and 1. Defaults to `"adam"`.
+        horizon: Epochs between two updates. Defaults to 1.
+        restart: `True`: each horizon starts from the first weights again (the paper's
+            meta-iterations); `"fresh"`: from newly initialised ones. The last horizon's weights
+            stay. Defaults to `False`: training goes on.
+        trajectory: `"linear"`, `"piecewise"`, `"replay"`, `"stored"`, or an object of
+            `kd.trajectories`. Defaults to `"auto"`: the cheapest that reaches `fidelity` against
+            the exact replay on this run, measured at the first update and again now and then.
+        curvature: `"gauss_newton"`, `"hessian"` or `"finite_difference"`. Defaults to `None`:
+            `"hessian"` on an exact path, `"gauss_newton"` on a reconstructed one.
+        fidelity: The cosine with the exact hypergradient that `"auto"` aims at. Defaults to 0.9.
+        memory_limit: Bytes that what `"auto"` chooses may keep of a horizon. Runs on which it
+            measures keep more. Defaults to `None`.
+        verify_every: Updates from one verification of a named trajectory to the next: the
+            horizon is walked exactly as well, and the record says how the two agree. Defaults to
+            `None`, never.
+        window: How many last steps of the horizon are walked: a number, a fraction of them, or
+            `None` for all. Defaults to `None`.
+        reverse_steps: How many steps of the window are visited, likewise. Defaults to `None`.
+        max_batches: How many training batches are kept where the path is not exact. Defaults to
+            `None`: one epoch's worth.
+        variables: Non-trainable `keras.Variable`s of the model or its loss to tune as well, or
+            pairs `(variable, domain)`; the domain is `"real"` where none is given.
+        max_step: No raw value moves farther in one update. Defaults to 1.0, a factor of e for a
+            positive value.
+        outer_loss: A `keras.losses.Loss` or its name, measured on the hyper data instead of the
+            compiled loss. Defaults to `None`.
+        hyper_batch_size: Examples per batch of the outer loss, where arrays are passed. Defaults
+            to 1024.
+        jit_compile: Whether a reverse step is compiled by XLA. Defaults to `False`.
+        log_dir: The folder on which TensorBoard is started; what is written goes to its subfolder
+            `drmad`. Or a `kd.tensorboard.Writer`. Defaults to `None`: nothing is written.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        hyper_data: Any,
+        outer_optimizer: str | keras.optimizers.Optimizer = "adam",
+        horizon: int = 1,
+        restart: bool | str = False,
+        trajectory: str | trajectories.Trajectory = "auto",
+        curvature: str | None = None,
+        fidelity: float = 0.9,
+        memory_limit: int | None = None,
+        verify_every: int | None = None,
+        window: Amount = None,
+        reverse_steps: Amount = None,
+        max_batches: int | None = None,
+        variables: Sequence[Any] = (),
+        max_step: float = 1.0,
+        outer_loss: str | keras.losses.Loss | None = None,
+        hyper_batch_size: int = 1024,
+        jit_compile: bool = False,
+        log_dir: str | os.PathLike | tensorboard.Writer | None = None,
+    ):
+        super().__init__()
+        if not any(restart is known for known in (True, False)) and restart != "fresh":
+            raise ValueError(f"`restart` is False, True or 'fresh'. Received: restart={restart!r}")
+        if curvature is not None:
+            curvatures.get(curvature)
+        if not isinstance(jit_compile, bool):
+            raise TypeError(f"`jit_compile` is True or False. Received: jit_compile={jit_compile}")
+        batch_size = checks.positive_int(hyper_batch_size, "hyper_batch_size")
+        self.hyper_data = data_of.batches_of(hyper_data, batch_size)
+        self.outer_optimizer = outer.get(outer_optimizer)
+        self.horizon = checks.positive_int(horizon, "horizon")
+        self.restart = restart
+        self.trajectory = "auto" if trajectory == "auto" else trajectories.get(trajectory)
+        self.curvature = curvature
+        self.window = checks.step_amount(window, "window")
+        self.reverse_steps = checks.step_amount(reverse_steps, "reverse_steps")
+        if self.trajectory == "auto" and (window, reverse_steps) != (None, None):
+            raise ValueError(
+                "`window` and `reverse_steps` are chosen by trajectory='auto'. Name a trajectory "
+                "to set them."
+            )
+        if self.trajectory == "auto" and curvature == "gauss_newton":
+            raise ValueError(
+                "trajectory='auto' measures against the exact curvature. Name a trajectory to set "
+                "curvature='gauss_newton'."
+            )
+        for value, argument in (
+            (max_batches, "max_batches"),
+            (memory_limit, "memory_limit"),
+            (verify_every, "verify_every"),
+        ):
+            if value is not None:
+                checks.positive_int(value, argument)
+        self.max_batches, self.memory_limit = max_batches, memory_limit
+        self.verify_every = verify_every
+        self.fidelity = checks.fraction(fidelity, "fidelity")
+        self.variables = outer.tuned_variables(variables)
+        self.max_step = checks.positive_float(max_step, "max_step")
+        self.outer_loss = get_loss(outer_loss)
+        self.jit_compile = jit_compile
+        self._writer = tensorboard.get(log_dir)
+        self.history: list[Record] = []
+        self._steps_done = 0
+        self._key: Any = None
+        self._start: Start | None = None
+        self._said: set[str] = set()
+
+    @property
+    def traces(self) -> int:
+        """How often the reverse loop was traced (int)."""
+        return 0 if self._key is None else self._estimator.traces
+
+    # What `fit` calls ------------------------------------------------------------------------
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        checks.check_model_and_optimizer(model, self._tuned_variables)
+        unhook(model)
+
+    def on_train_begin(self, logs=None) -> None:
+        model, optimizer = self.model, self.model.optimizer
+        steps = self.params.get("steps")
+        checks.check_horizon(optimizer, steps)
+        self._steps = None if steps is None else steps * self.horizon
+        if optimizer.set_horizon(self.horizon, self._steps or 0):
+            # What was traced before holds on to variables that were replaced.
+            model.make_train_function(force=True)
+        if optimizer.built:
+            checks.check_trained_variables(model)
+        key = (model, optimizer, model.train_function)
+        if self._key is None or any(a is not b for a, b in zip(key, self._key, strict=True)):
+            if self._key is None or self._key[0] is not model:
+                self._start = None
+            self._key = key
+            tuned = self._tuned_variables
+            self._estimator = Estimator(model, tuned, jit_compile=self.jit_compile)
+            self._outer_loss = OuterLoss(model, self.hyper_data, tuned, self.outer_loss)
+            self._method = self._method_for(self.max_batches or steps)
+        self._epochs_recorded = 0
+        self._recording = False
+        if optimizer.built:
+            optimizer.attach(self)
+
+    def on_epoch_begin(self, epoch: int, logs=None) -> None:
+        if self._epochs_recorded == 0:
+            if self.model.optimizer.built:
+                # BackupAndRestore may have built and loaded it only now.
+                self.model.optimizer.attach(self)
+            self._begin_horizon()
+
+    def on_train_batch_begin(self, batch: int, logs=None) -> None:
+        self._estimator.arm(self._before_first_step)
+
+    def on_epoch_end(self, epoch: int, logs=None) -> None:
+        self._epochs_recorded += 1
+        if self._epochs_recorded == self.horizon:
+            self._epochs_recorded = 0
+            if self._estimator.recorder.batches:
+                self._update(epoch)
+            else:
+                self._warn_once(
+                    "No update was made after a horizon: training stopped before the first step "
+                    "that is walked back over."
+                )
+        if logs is not None:
+            # In every epoch: CSVLogger takes its columns from the first one.
+            logs["outer_loss"] = self.history[-1].outer_loss if self.history else math.nan
+            logs["update"] = len(self.history)
+
+    def on_train_end(self, logs=None) -> None:
+        unhook(self.model)
+        if self._epochs_recorded:
+            log.info(
+                "The last %d epochs are less than a horizon of %d: no update was made from them.",
+                self._epochs_recorded,
+                self.horizon,
+            )
+        self._estimator.forget()
+        if self.model.optimizer.built:  # not after `epochs=0`
+            self.model.optimizer.position.assign(0)
+        self.model.optimizer.detach()
+        if self._writer is not None:
+            self._writer.close()
+
+    def summary(self, by_layer: bool = False) -> None:
+        """Print what is tuned as a table.
+
+        Its columns: hyperparameter, grain, number of values, where they started and are now (mean,
+        lowest and highest), norm of the last hypergradient, and the cosine with the exact one
+        where that was last verified (see `verify_every`).
+
+        Example:
+
+        >>> callback.summary()
+
+        Args:
+            by_layer: Whether each layer has a row of its own. Defaults to `False`.
+
+        Raises:
+            RuntimeError: before the first training step, when the values do not exist yet.
+        """
+        if self.model is None or not self.model.optimizer.built:
+            raise RuntimeError("There is nothing to sum up before the first `fit`. Call it first.")
+        print(table(self._labels(), self._values(), self.history, by_layer))
+
+    def restore_first_weights(self) -> None:
+        """Set model and optimizer back to where the first horizon started (with `restart`)."""
+        if self._start is not None:
+            self._start.restore()
+
+    # The horizon -----------------------------------------------------------------------------
+
+    def _begin_horizon(self) -> None:
+        if self._start is not None and self.restart == "fresh" and self.history:
+            self._start.restore_with_new_weights(self.model)
+        elif self._start is not None and self.restart is True:
+            self._start.restore()
+        if self.model.optimizer.built:
+            self.model.optimizer.position.assign(0)
+        self._estimator.begin(self._steps, self._method.settings())
+
+    def _before_first_step(self, spec: Any) -> None:
+        """Build what Keras would build in its first trace, and look at the data's form."""
+        model = self.model
+        if not model.built:
+            trace(model, spec)
+        data_of.check_against(spec, data_of.element_spec(self.hyper_data), model)
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+            model.optimizer.attach(self)
+            if self._start is not None and self.restart is True:
+                self._start.restore()  # it came with a checkpoint, after the horizon had begun
+        checks.check_trained_variables(model)
+        if self.restart and self._start is None:
+            self._start = Start(model)
+
+    def _method_for(self, max_batches: int | None) -> Fixed | Auto:
+        """How hypergradients are to be estimated: by what was asked, or by measuring."""
+        if isinstance(self.trajectory, str):  # "auto"
+            # Where the Hessian is wrong, differences of gradients are the exact way.
+            smooth = not uncorrected_layers(self.model)
+            exact = self.curvature or ("hessian" if smooth else "finite_difference")
+            return Auto(self.fidelity, self.memory_limit, max_batches, exact)
+        default = "hessian" if self.trajectory.exact else "gauss_newton"
+        setting = Setting(
+            self.trajectory,
+            self.curvature or default,
+            self.window,
+            self.reverse_steps,
+            max_batches,
+        )
+        return Fixed(setting, self.verify_every)
+
+    def _update(self, epoch: int) -> Record:
+        optimizer, estimator = self.model.optimizer, self._estimator
+        self._look_at_data(estimator.recorder)
+        trained_with = self._values()
+        estimator.finish(self._outer_loss)
+        self._steps_done += estimator.steps
+        before = str(self._method.chosen)
+        what = f"Update {len(self.history) + 1}: walking back"
+        estimator.progress = Progress(what, self.params.get("verbose", 0))
+        estimate, agreement = self._method.hypergradients(
+            estimator, float(estimator.outer[0]), float(optimizer.learning_rate)
+        )
+        estimator.forget()
+        if str(self._method.chosen) != before:
+            self._say(f"DrMAD: {self._method.chosen}: {self._method.why}.")
+        reason = estimate.problem or self._move(estimate)
+        hypergradients = [*estimate.values, *(h[None] for h in estimate.tuned)]
+        record = Record(
+            outer_loss=estimate.outer_loss,
+            hyperparameters=nested(self._labels(), trained_with),
+            hypergradients=nested(self._labels(), hypergradients),
+            initial_weights_gradient=None
+            if estimate.weights is None
+            else [g.numpy() for g in estimate.weights],
+            epoch=epoch,
+            step=self._steps_done,
+            accepted=not reason,
+            reason=reason,
+            verification=None
+            if agreement is None
+            else {name: dataclasses.asdict(found) for name, found in agreement.items()},
+            setting=str(self._method.chosen),
+            labels=tuple(self._labels()),
+        )
+        if reason:
+            self._warn_once(f"An update of the hyperparameters was skipped: {reason}.")
+        if estimate.fallback:
+            self._warn_once(
+                f"curvature={estimate.fallback!r} made the adjoint explode on this trajectory; "
+                "the horizon was walked with Gauss-Newton instead. trajectory='replay' is exact."
+            )
+        if self.history:
+            # One copy of the weights' gradient, not one per update.
+            self.history[-1] = dataclasses.replace(self.history[-1], initial_weights_gradient=None)
+        self.history.append(record)
+        if self._writer is not None:
+            self._writer.write(self.history)
+        return record
+
+    def _move(self, estimate: Hypergradients) -> str:
+        groups = self.model.optimizer.groups
+        by_values = [
+            h for h, group in zip(estimate.values, groups, strict=True) if group.spec.tunable
+        ]
+        moved = self._moved()
+        self.outer_optimizer = outer.built_for(self.outer_optimizer, [t.raw for t in moved])
+        return outer.update(
+            self.outer_optimizer, moved, [*by_values, *estimate.tuned], self.max_step
+        )
+
+    def _moved(self) -> list[outer.Tuned]:
+        """What the outer optimizer moves."""
+        optimizer = self.model.optimizer
+        pairs = zip(optimizer.raw_variables, optimizer.groups, strict=True)
+        tuned = [outer.Tuned(raw, group.domain) for raw, group in pairs if group.spec.tunable]
+        return tuned + self.variables
+
+    # What is saved together with the model's optimizer (see `Optimizer.attach`) ---------------
+
+    def get_state(self) -> saving.State:
+        """What this run needs to go on, beside what Keras saves of model and optimizer."""
+        self._build_outer_optimizer()
+        state = {
+            "history": saving.bytes_of(lambda file: save_history(self.history, file)),
+            **saving.values_of(self.outer_optimizer.variables, "outer_optimizer_"),
+            **saving.values_of(seed_variables(self.model), "seed_"),
+        }
+        if self._start is not None:
+            state.update(saving.values_of(self._start.values(), "start_"))
+        return saving.with_notes(
+            state,
+            steps_done=self._steps_done,
+            unfinished=self._estimator.recorder.steps,
+            outer_optimizer=type(self.outer_optimizer).__name__,
+            method=self._method.get_state(),
+        )
+
+    def set_state(self, state: saving.State) -> None:
+        """Go on from where `get_state` was called."""
+        notes = saving.notes_of(state)
+        if notes["outer_optimizer"] != type(self.outer_optimizer).__name__:
+            raise ValueError(
+                f"The saved tuning run has the outer optimizer {notes['outer_optimizer']}, this "
+                f"callback has {type(self.outer_optimizer).__name__}. Pass the same one, or call "
+                "`model.optimizer.forget_run()` to begin a new run with the hyperparameters as "
+                "they are."
+            )
+        self._build_outer_optimizer()
+        saving.assign(self.outer_optimizer.variables, state, "outer_optimizer_")
+        saving.assign(seed_variables(self.model), state, "seed_")
+        if self.restart and "start_0" in state:
+            self._start = Start(self.model)
+            self._start.set_values(saving.entries(state, "start_"))
+        self.history[:] = load_history(io.BytesIO(state["history"].tobytes()))
+        self._steps_done = notes["steps_done"]
+        self._method.set_state(notes["method"])
+        if notes["unfinished"]:
+            self._warn_once(
+                f"What was loaded was saved {notes['unfinished']} steps after the last update of "
+                "the hyperparameters. These steps count for no update: a new horizon begins. Save "
+                "once in a horizon; and let callbacks that save (BackupAndRestore, "
+                "ModelCheckpoint) stand behind DrMADCallback in `callbacks`, so that they see the "
+                "update."
+            )
+
+    def _build_outer_optimizer(self) -> None:
+        raw = [t.raw for t in self._moved()]
+        self.outer_optimizer = outer.built_for(self.outer_optimizer, raw)
+        if not self.outer_optimizer.built:
+            self.outer_optimizer.build(raw)
+
+    def _labels(self) -> Sequence[Label]:
+        return [
+            *(
+                Label(g.argument, g.key, g.variable, g.spec.over != "run", g.spec.per)
+                for g in self.model.optimizer.groups
+            ),
+            *(Label(v.path, "model", None, False) for v in self._tuned_variables),
+        ]
+
+    @property
+    def _tuned_variables(self) -> list[keras.Variable]:
+        return [tuned.target for tuned in self.variables if tuned.target is not None]
+
+    def _values(self) -> list[Any]:
+        """The current values, in the order of the labels."""
+        values = self.model.optimizer.values()
+        return [*values, *(v.value[None] for v in self._tuned_variables)]
+
+    def _look_at_data(self, recorder: Any) -> None:
+        """Say once what is kept, and whether the hyper data is the training data."""
+        if self.history:
+            return
+        log.info(
+            "Recorded %d steps: %d batches and what is kept of the states, %.1f MB.",
+            recorder.steps,
+            len(recorder.kept),
+            recorder.nbytes() / 1e6,
+        )
+        if recorder.batches and data_of.overlap(recorder.batches[0], self.hyper_data) > 0.5:
+            self._warn_once(
+                "Most of a training batch is found in `hyper_data`: it looks like the training "
+                "data. Hyperparameters tuned on it will overfit; hold some data out."
+            )
+
+    def _say(self, message: str) -> None:
+        if self.params.get("verbose"):
+            print(message)
+        log.info(message)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=2)

@@ -1,0 +1,223 @@
+"""Readable refusals: what can't be tuned is said by name, before training starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import keras
+
+from keras_drmad.normalization import uncorrected_layers
+from keras_drmad.optimizers import Optimizer
+
+
+def check_model_and_optimizer(model: keras.Model, variables: Sequence[keras.Variable] = ()) -> None:
+    """Refuse a model that can't be tuned.
+
+    Raises:
+        TypeError, ValueError: naming what is not supported and what to do instead.
+    """
+    optimizer = model.optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "mixed_float16 is not supported: its loss scaling skips updates that the reverse pass "
+            "would have to know of. Use keras.mixed_precision.set_global_policy('mixed_bfloat16') "
+            "or float32."
+        )
+    if not isinstance(optimizer, Optimizer):
+        name = type(optimizer).__name__
+        raise TypeError(
+            f"DrMADCallback tunes the arguments of the optimizers of keras_drmad. Received: "
+            f"{name}. Compile with keras_drmad.optimizers.SGD(...), whose arguments are those of "
+            "keras.optimizers.SGD, and pass a keras_drmad.Hyperparameter for what is to be tuned."
+        )
+    trained = {id(v) for v in model.trainable_variables}
+    for variable in variables:
+        if id(variable) in trained:
+            raise ValueError(
+                f"{variable.path} in `variables` is a trainable weight of the model. Create it "
+                "with trainable=False: it is tuned on the hyper data, not trained."
+            )
+    if not variables and not any(spec.tunable for _, spec in optimizer.hyperparameters):
+        raise ValueError(
+            "There is nothing to tune: no argument of the optimizer is a tunable Hyperparameter. "
+            "For example: keras_drmad.optimizers.SGD(learning_rate=kd.Hyperparameter(0.01))."
+        )
+    if model.steps_per_execution != 1:
+        raise ValueError(
+            "steps_per_execution > 1 is not supported: every training step is recorded. Received: "
+            f"steps_per_execution={model.steps_per_execution}. Compile without it."
+        )
+    if getattr(model.train_step, "__func__", None) is not keras.Model.train_step:
+        raise ValueError(
+            f"{type(model).__name__} has a `train_step` of its own, which the reverse pass can't "
+            "know. Override `compute_loss` instead, which it uses."
+        )
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        raise ValueError("Training on several replicas (tf.distribute) is not supported.")
+
+
+def check_horizon(optimizer: Optimizer, steps: int | None) -> None:
+    """Refuse a schedule over a horizon whose number of steps is not known.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, spec in optimizer.hyperparameters:
+        if steps is None and spec.over != "run":
+            raise ValueError(
+                f"`{name}` has a schedule (over={spec.over!r}), which needs the number of steps "
+                "of an epoch, and the training data does not tell it. Pass `steps_per_epoch` to "
+                "`fit`, or use data of known length "
+                "(dataset.apply(tf.data.experimental.assert_cardinality(n)))."
+            )
+
+
+def check_trained_variables(model: keras.Model) -> None:
+    """Refuse a model of which other variables are trainable than the optimizer was built for.
+
+    Raises:
+        ValueError: if so.
+    """
+    known = [id(v) for v in model.optimizer.trained_variables]
+    if known != [id(v) for v in model.trainable_variables]:
+        raise ValueError(
+            "The model's trainable variables are not those that the optimizer was built for: a "
+            "layer's `trainable` has changed, or the optimizer was used for another model. "
+            "Compile the model again with a new optimizer."
+        )
+
+
+def check_curvature(model: keras.Model, curvature: str) -> None:
+    """Refuse a curvature that is known to be wrong for a model, by the types of its layers.
+
+    This takes no time; `check_model` tests the layers instead.
+
+    Args:
+        model: A model, compiled for the check of its loss.
+        curvature: A name of `keras_drmad.curvature`.
+
+    Raises:
+        ValueError: naming the layers and the way out.
+    """
+    layers = [layer for layer in model._flatten_layers() if _recomputed(layer) == "call"]
+    if layers:
+        raise ValueError(
+            f"Rematerialization (keras.RematScope) is not supported: {_names(layers)} would have "
+            "no gradient for the reverse pass. Make these layers outside of the scope."
+        )
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.SpectralNormalization) and layer.trainable_variables
+    ]
+    if layers:
+        raise ValueError(
+            f"SpectralNormalization is not supported: {_names(layers)} overwrites its weights when "
+            "it is called, which the reverse pass can't follow. Train without it, or with "
+            "kernel_constraint=keras.constraints.UnitNorm() in its place."
+        )
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable and layer.renorm
+    ]
+    if layers:
+        raise ValueError(
+            f"BatchNormalization(renorm=True) is not supported: the gradient of {_names(layers)} "
+            "takes for constant what depends on the weights. Train with renorm=False."
+        )
+    if curvature == "finite_difference":
+        return
+    named = uncorrected_layers(model)
+    named += [layer.name for layer in model._flatten_layers() if _recomputed(layer)]
+    if named:
+        raise ValueError(
+            f"curvature={curvature!r} is wrong or missing for {', '.join(named)}: TensorFlow does "
+            "not differentiate the gradient of these layers. Use curvature='finite_difference'."
+        )
+    losses = [keras.losses.get(x) for x in keras.tree.flatten(getattr(model, "loss", None)) if x]
+    if any(isinstance(loss, keras.losses.CTC) or loss is keras.losses.ctc for loss in losses):
+        raise ValueError(
+            f"The second derivative of keras.losses.CTC is not a number, and curvature="
+            f"{curvature!r} needs it. Use curvature='finite_difference'."
+        )
+
+
+def _names(layers: Sequence[keras.layers.Layer]) -> str:
+    return ", ".join(layer.name for layer in layers)
+
+
+def _recomputed(layer: keras.layers.Layer) -> str:
+    """What of a layer is computed again for its gradient: "", "activation", or its whole "call".
+
+    A call that is computed again finds other weights than those of a `keras.StatelessScope`. An
+    activation has a gradient there, which has none of its own.
+    """
+    remat = getattr(layer, "_remat_mode", None)
+    if remat is None or remat.mode is None:
+        return ""
+    if remat.mode == "activations":
+        return "activation" if getattr(layer, "activation", None) is not None else ""
+    if remat.mode == "list_of_layers":
+        return "call" if layer.name in remat.layer_names else ""
+    return "call"
+
+
+def positive_int(value: Any, argument: str) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"`{argument}` is a whole number >= 1. Received: {argument}={value!r}")
+    return int(value)
+
+
+def step_amount(value: Any, argument: str) -> int | float | None:
+    """A number of steps: None, a whole number >= 1, or a fraction in (0, 1].
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if value is None:
+        return None
+    if _is_number(value) and isinstance(value, Integral) and int(value) >= 1:
+        return int(value)
+    if _is_number(value) and not isinstance(value, Integral) and 0.0 < value <= 1.0:
+        return float(value)
+    raise ValueError(
+        f"`{argument}` is None (all steps), a number of steps >= 1, or a fraction above 0 and at "
+        f"most 1.0. Received: {argument}={value!r}"
+    )
+
+
+def positive_float(value: Any, argument: str) -> float:
+    """A finite number above 0.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not _is_number(value) or not 0.0 < value <= sys.float_info.max:
+        raise ValueError(f"`{argument}` is a finite number > 0. Received: {argument}={value!r}")
+    return float(value)
+
+
+def fraction(value: Any, argument: str) -> float:
+    """A number above 0 and below 1.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not _is_number(value) or not 0.0 < value < 1.0:
+        raise ValueError(
+            f"`{argument}` is a number above 0 and below 1. Received: {argument}={value!r}"
+        )
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

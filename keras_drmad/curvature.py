@@ -1,0 +1,182 @@
+"""Curvature: the training loss's gradient, and a product with its second derivative.
+
+Each function takes the loss as a function of (weights, tuned) that returns a `Forward`, and
+returns the gradient and a function `product(v)` that gives, for a direction v in weight space,
+
+    C v                     C: the curvature that the function's name says
+    d <gradient, v> / d tuned
+
+The forward pass is shared between the gradient and the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+from keras_drmad.normalization import exact_moments
+from keras_drmad.objectives import Forward, dense
+
+Tensors = list[tf.Tensor]
+Loss = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor]], Forward]
+Product = Callable[[Tensors], tuple[Tensors, Tensors]]
+Curvature = Callable[[Loss, Tensors, Tensors], tuple[list[tf.Tensor | None], Product]]
+
+
+def hessian(loss: Loss, weights: Tensors, tuned: Tensors):
+    """The exact Hessian, reverse over reverse (Pearlmutter, 1994)."""
+    with tf.GradientTape(watch_accessed_variables=False) as outer, exact_moments():
+        outer.watch([weights, tuned])
+        with tf.GradientTape(watch_accessed_variables=False) as inner:
+            inner.watch(weights)
+            value = loss(weights, tuned).loss
+        gradient = _gradient(inner, value, weights)
+
+    def product(v: Tensors) -> tuple[Tensors, Tensors]:
+        targets, directions = _connected(gradient, v)
+        both = _filled(outer, targets, weights + tuned, directions)
+        return both[: len(weights)], both[len(weights) :]
+
+    return gradient, product
+
+
+def gauss_newton(loss: Loss, weights: Tensors, tuned: Tensors):
+    """Generalized Gauss-Newton J' H J, H the loss's Hessian in the outputs (Schraudolph, 2002).
+
+    Positive semi-definite for losses convex in the outputs. Penalties of layers enter with their
+    exact Hessian.
+    """
+    tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+    with tape as second, exact_moments():  # penalties and the mixed derivative are of second order
+        second.watch([weights, tuned])
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as first:
+            first.watch(weights)
+            forward = loss(weights, tuned)
+        gradient = _gradient(first, forward.loss, weights)
+        outputs, slopes = _cut(first, forward)
+        penalty = None if forward.penalty is None else _gradient(first, forward.penalty, weights)
+    # J v by transposing twice: J' u is linear in u, and its derivative in u is J. This way the
+    # forward pass above serves; a forward-mode product would need one of its own.
+    zeros = [tf.zeros_like(z) for z in outputs]
+    with tf.GradientTape(watch_accessed_variables=False) as transposed:
+        transposed.watch(zeros)
+        pulled = _gradient(first, outputs, weights, zeros)
+
+    def product(v: Tensors) -> tuple[Tensors, Tensors]:
+        targets, directions = _connected(pulled, v)
+        pushed = _filled(transposed, targets, zeros, directions)
+        bent = _filled(second, slopes, outputs, pushed)
+        curved = _filled(first, outputs, weights, bent)
+        if penalty is not None:
+            targets, directions = _connected(penalty, v)
+            own = _filled(second, targets, weights, directions)
+            curved = [a + b for a, b in zip(curved, own, strict=True)]
+        targets, directions = _connected(gradient, v)
+        mixed = _filled(second, targets, tuned, directions) if tuned else []
+        return curved, mixed
+
+    return gradient, product
+
+
+def finite_difference(loss: Loss, weights: Tensors, tuned: Tensors):
+    """The Hessian by central differences of two gradients; for layers with no second derivative.
+
+    The step is the cube root of the precision, relative to the weights' norm (Nocedal and Wright,
+    2006, section 8.1).
+    """
+
+    def slope(at: Tensors) -> tuple[list[tf.Tensor | None], Tensors]:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([at, tuned])
+            value = loss(at, tuned).loss
+        both = tape.gradient(value, at + tuned)
+        both = [None if g is None else dense(g) for g in both]
+        ends = both[len(at) :]
+        return both[: len(at)], [
+            tf.zeros_like(x) if g is None else g for x, g in zip(tuned, ends, strict=True)
+        ]
+
+    gradient, _ = slope(weights)
+
+    def product(v: Tensors) -> tuple[Tensors, Tensors]:
+        relative = 6e-6 if all(w.dtype == tf.float64 for w in weights) else 5e-3
+        length = tf.linalg.global_norm(v)
+        step = relative * (1.0 + tf.linalg.global_norm(weights)) / tf.maximum(length, 1e-30)
+        ahead = slope([w + tf.cast(step, w.dtype) * d for w, d in zip(weights, v, strict=True)])
+        behind = slope([w - tf.cast(step, w.dtype) * d for w, d in zip(weights, v, strict=True)])
+
+        def difference(a, b, like):
+            if a is None or b is None:
+                return tf.zeros_like(like)
+            # A zero direction has a zero product, however the division rounds.
+            d = (a - b) / tf.cast(2.0 * step, like.dtype)
+            return tf.where(length > 0, d, tf.zeros_like(d))
+
+        curved = [difference(*args) for args in zip(ahead[0], behind[0], weights, strict=True)]
+        mixed = [difference(*args) for args in zip(ahead[1], behind[1], tuned, strict=True)]
+        return curved, mixed
+
+    return gradient, product
+
+
+def _cut(tape, forward: Forward) -> tuple[Tensors, Tensors]:
+    """The outputs that the loss depends on, and its slopes there.
+
+    Where the loss passes by a softmax or sigmoid, its logits stand in the output's place.
+    """
+    outputs, slopes = [], []
+    logits = forward.logits or [None] * len(forward.outputs)
+    for ends in zip(forward.outputs, logits, strict=True):
+        for z in ends:
+            differentiable = z is not None and z.dtype.is_floating
+            slope = tape.gradient(forward.loss, z) if differentiable else None
+            if slope is not None:
+                outputs.append(z)
+                slopes.append(slope)
+                break
+    if not outputs and forward.penalty is None:
+        raise ValueError(
+            "curvature='gauss_newton' needs a loss of the model's outputs, and this model's loss "
+            "does not depend on them (does its `compute_loss` call layers by itself?). Pass "
+            "curvature='hessian' to DrMADCallback."
+        )
+    return outputs, slopes
+
+
+def _gradient(tape, target, sources, direction=None) -> list[tf.Tensor | None]:
+    gradients = tape.gradient(target, sources, output_gradients=direction)
+    return [None if g is None else dense(g) for g in gradients]
+
+
+def _connected(targets: Sequence[tf.Tensor | None], directions: Tensors) -> tuple[Tensors, Tensors]:
+    pairs = [(t, d) for t, d in zip(targets, directions, strict=True) if t is not None]
+    return [t for t, _ in pairs], [d for _, d in pairs]
+
+
+def _filled(tape, targets: Tensors, sources: Tensors, directions: Tensors) -> Tensors:
+    """The vector-Jacobian product, with zeros where a source does not matter."""
+    if not targets:
+        return [tf.zeros_like(s) for s in sources]
+    gradients = tape.gradient(targets, sources, output_gradients=directions)
+    return [
+        tf.zeros_like(s) if g is None else dense(g) for s, g in zip(sources, gradients, strict=True)
+    ]
+
+
+_NAMED: dict[str, Curvature] = {
+    "gauss_newton": gauss_newton,
+    "hessian": hessian,
+    "finite_difference": finite_difference,
+}
+
+
+def get(name: str) -> Curvature:
+    """The curvature of a name.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if isinstance(name, str) and name in _NAMED:
+        return _NAMED[name]
+    raise ValueError(f"`curvature` is one of {sorted(_NAMED)}. Received: curvature={name!r}")

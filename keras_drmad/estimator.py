@@ -1,0 +1,327 @@
+"""Hypergradients: from a recorded run and the outer loss to the derivative by everything tuned.
+
+The callback, `hypergradients` and the verification all come here. One recorded run can be walked
+several times, by different settings, which is how settings are compared on the same footing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_drmad import batches as packing
+from keras_drmad import curvature as curvatures
+from keras_drmad.objectives import OuterLoss, TrainingLoss, seed_variables
+from keras_drmad.optimizers import block_of
+from keras_drmad.recorder import Recorder
+from keras_drmad.reverse import Adjoint, ReverseLoop, Run
+from keras_drmad.trajectories import State, Trajectory
+
+Amount = int | float | None  # a number of steps, a fraction of them, or all
+
+# On a reconstructed path an adjoint that has grown this much over where it started is no estimate
+# any more: the path leads over points of negative curvature on which training never was.
+GROWTH_LIMIT = 100.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a hypergradient is estimated.
+
+    Args:
+        trajectory: What is kept of the states.
+        curvature: A name of `keras_drmad.curvature`.
+        window: How many last steps are walked.
+        reverse_steps: How many steps of the window are visited.
+        max_batches: How many batches serve, where the path is not exact; None is all.
+    """
+
+    trajectory: Trajectory
+    curvature: str
+    window: Amount = None
+    reverse_steps: Amount = None
+    max_batches: int | None = None
+
+    def first(self, steps: int | None) -> int:
+        """The first step that is walked, of so many; 0 while their number is not known."""
+        return 0 if steps is None else steps - amount(self.window, steps)
+
+    def __str__(self) -> str:
+        parts = [self.trajectory.name, self.curvature]
+        parts += [f"{n} {v}" for n, v in (("window", self.window),
+                                          ("visiting", self.reverse_steps)) if v is not None]  # fmt: skip
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Hypergradients:
+    """Derivatives of the outer loss after a run."""
+
+    outer_loss: float
+    values: list[tf.Tensor]  # by each group's values, (blocks, *shape)
+    tuned: list[tf.Tensor]  # by each tuned variable
+    weights: list[tf.Tensor] | None  # by the first weights, if the walk reached them
+    steps: int  # how many last steps of the run were walked over
+    seconds: float  # what the walk took
+    problem: str = ""  # why they can't be trusted
+    marks: list[Hypergradients] = field(default_factory=list)  # what shorter windows give
+    fallback: str = ""  # the curvature that exploded, where Gauss-Newton took its place
+
+
+class Estimator:
+    """Records the runs of a model and differentiates the outer loss through them.
+
+    Args:
+        model: A compiled model with an optimizer of `keras_drmad.optimizers`.
+        tuned: Variables of the model or its loss that are tuned.
+        jit_compile: Whether a reverse step is compiled by XLA.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        tuned: Sequence[keras.Variable] = (),
+        jit_compile: bool = False,
+    ):
+        self.model, self.tuned, self.jit_compile = model, list(tuned), jit_compile
+        self.recorder = Recorder(model)
+        # Called with the number of steps visited so far and of all, now and then in a walk.
+        self.progress: Callable[[int, int], None] = lambda done, total: None
+        self._portion = 8
+        self._loops: dict[str, ReverseLoop] = {}
+
+    @property
+    def traces(self) -> int:
+        """How often a reverse loop was traced."""
+        return sum(loop.traces for loop in self._loops.values())
+
+    # Forward -----------------------------------------------------------------------------------
+
+    def begin(self, steps: int | None, settings: Sequence[Setting]) -> None:
+        """Start to record a run.
+
+        Args:
+            steps: How many steps it will have, or None if that is not known.
+            settings: With which it is to be walked afterwards.
+        """
+        self._planned = steps  # training may stop earlier
+        bounds = [s.max_batches for s in settings if not s.trajectory.all_batches]
+        known = [bound for bound in bounds if bound is not None]
+        everything = len(known) < len(settings)
+        self.recorder.begin(
+            steps,
+            [(s.trajectory, s.first(steps)) for s in settings],
+            None if everything else max(known),
+        )
+
+    def arm(self, before: Callable[[Any], None]) -> None:
+        """Record the next training step (see `Recorder.arm`)."""
+
+        def first(spec: Any) -> None:
+            before(spec)
+            self._iteration = tf.identity(self.model.optimizer.iterations.value)
+
+        self.recorder.arm(first)
+
+    # Backward ----------------------------------------------------------------------------------
+
+    def finish(self, outer: OuterLoss) -> None:
+        """End the run: pack what was recorded, and differentiate the outer loss at its end."""
+        recorder, optimizer = self.recorder, self.model.optimizer
+        recorder.finish()
+        self.outer = outer()
+        self.steps = recorder.steps
+        self._updates = int(optimizer.iterations) - int(self._iteration)
+        self._kept = np.asarray(recorder.kept)
+        self._batches = packing.pack(recorder.batches)
+        self._run = Run(
+            self._batches.components,
+            [tf.stack(column) for column in zip(*recorder.seeds, strict=True)],
+            tf.stack(recorder.rates),
+            optimizer.values(),
+            [tf.convert_to_tensor(v.value) for v in self.tuned],
+            self._iteration,
+            tf.convert_to_tensor(optimizer.horizon[1], tf.int64),
+        )
+        recorder.rates.clear()
+        recorder.seeds.clear()
+
+    def rerun(self, first: State, values: Sequence[Any]) -> list[tf.Tensor]:
+        """The last weights of the finished run, had it been trained with other values.
+
+        Args:
+            first: The state before the first step.
+            values: Of each group, (blocks, *shape).
+        """
+        loop = self._loop("gauss_newton")
+        run = self._run._replace(values=[tf.convert_to_tensor(v) for v in values])
+        rows = tf.constant(_nearest(self._kept, np.arange(self.steps)))
+        path = loop.replay(self._batches, run, first, 0, self.steps, rows)
+        return [array[-1] for array in path.arrays[: len(self.model.trainable_variables)]]
+
+    def nbytes(self, setting: Setting) -> int:
+        """Bytes that a setting keeps of a run like the finished one, batches and states."""
+        state = sum(packing.nbytes(x) for x in self.recorder.snapshot())
+        batch = packing.size_of(self._batches) / max(1, len(self._kept))
+        window = self.steps - setting.first(self.steps)
+        batches = window
+        if not setting.trajectory.all_batches and setting.max_batches is not None:
+            batches = min(batches, setting.max_batches)
+        return round(state * setting.trajectory.copies(window) + batch * batches)
+
+    def forget(self) -> None:
+        """Let go of the run."""
+        self.recorder.begin(None, ())
+        for name in ("_run", "_batches", "outer"):
+            vars(self).pop(name, None)
+
+    def walk(self, setting: Setting, marks: Sequence[int] = ()) -> Hypergradients:
+        """Differentiate the outer loss through the finished run; the setting's states are let go.
+
+        Args:
+            setting: One of those that the run was begun with.
+            marks: Numbers of last steps after which to note what has been collected.
+        """
+        started = time.perf_counter()
+        loop = self._loop(setting.curvature)
+        exact = setting.trajectory.exact
+        kept = self._thinned(setting)
+        loss, weights_bar, tuned_bar = self.outer
+        slots = [s for of_one in self.model.optimizer.slot_variables for s in of_one]
+        adjoint = Adjoint(
+            weights_bar,
+            [tf.zeros(s.shape, s.dtype) for s in slots],
+            [tf.zeros_like(v) for v in self._run.values],
+            tuned_bar,
+        )
+        limit = math.inf if exact else GROWTH_LIMIT * float(tf.linalg.global_norm(weights_bar))
+        first = setting.first(self._planned or self.steps)
+        count = amount(setting.reverse_steps, self.steps - first)
+        visits = _visits(first, self.steps, count)
+        noted: list[Hypergradients] = []
+
+        def recompute(state, start, stop):
+            rows = tf.constant(_nearest(self._kept, np.arange(start, stop)))
+            return loop.replay(self._batches, self._run, state, start, stop, rows)
+
+        def result(at: int, problem: str = "") -> Hypergradients:
+            return Hypergradients(
+                float(loss),
+                adjoint.values,
+                adjoint.tuned,
+                adjoint.weights if at == 0 and not problem else None,
+                self.steps - at,
+                time.perf_counter() - started,
+                problem,
+                noted,
+            )
+
+        if not math.isfinite(float(loss)):
+            return result(self.steps, "the outer loss is not finite")
+        if self._updates != self.steps:
+            return result(
+                self.steps,
+                f"the optimizer made {self._updates} updates in {self.steps} recorded steps. Leave "
+                "out `train_on_batch` and `fit` inside of callbacks",
+            )
+        if first >= self.steps:
+            return result(
+                self.steps,
+                f"training stopped after {self.steps} of {self._planned} steps, before the window",
+            )
+        cuts = {self.steps - mark for mark in marks}
+        done = 0
+        self.progress(0, len(visits))
+        for segment in setting.trajectory.segments(recompute):
+            inside = {c for c in cuts if segment.start < c < segment.stop}
+            edges = sorted({max(segment.start, first), segment.stop} | inside)
+            for start, stop in zip(edges[-2::-1], edges[:0:-1], strict=True):
+                for here in self._portions(visits[(visits >= start) & (visits < stop)]):
+                    rows = tf.constant(kept[1][_nearest(kept[0], here)])
+                    at = tf.constant(here)
+                    adjoint, walked, norm = loop.walk(
+                        self._batches, self._run, segment.path, at, rows, adjoint, limit
+                    )
+                    if walked < len(here) or not norm <= limit or not math.isfinite(norm):
+                        lost = int(here[walked - 1])
+                        if setting.curvature != "gauss_newton" and not exact:
+                            # On a reconstructed path it is the negative curvature that explodes.
+                            setting.trajectory.restore(segment)
+                            again = dataclasses.replace(setting, curvature="gauss_newton")
+                            return dataclasses.replace(
+                                self.walk(again, marks), fallback=setting.curvature
+                            )
+                        return result(
+                            lost, f"the adjoint exploded {self.steps - lost} steps before the end"
+                        )
+                    done += len(here)
+                    self.progress(done, len(visits))
+                if start in cuts:
+                    noted.append(result(start))
+        return result(first)
+
+    def _portions(self, visits: np.ndarray) -> Iterator[np.ndarray]:
+        """The steps in parts that take about a second each, to tell progress in between."""
+        while len(visits):
+            part, visits = visits[: self._portion], visits[self._portion :]
+            started = time.perf_counter()
+            yield part
+            seconds = time.perf_counter() - started
+            if len(part) == self._portion:
+                wanted = self._portion / max(seconds, 1e-3)
+                self._portion = int(np.clip(wanted, max(1, self._portion // 2), 2 * self._portion))
+
+    def _loop(self, curvature: str) -> ReverseLoop:
+        if curvature not in self._loops:
+            optimizer = self.model.optimizer
+            self._loops[curvature] = ReverseLoop(
+                TrainingLoss(self.model, self.tuned),
+                optimizer.pure_update,
+                curvatures.get(curvature),
+                [len(slots) for slots in optimizer.slot_variables],
+                block_of,
+                self.jit_compile or self._draws_by_xla(),
+            )
+        return self._loops[curvature]
+
+    def _draws_by_xla(self) -> bool:
+        """Whether `fit` draws dropout masks in code compiled by XLA: elsewhere a seed gives others."""
+        model = self.model
+        return bool(model.jit_compile and not model.run_eagerly and seed_variables(model))
+
+    def _thinned(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+        """The steps whose batches serve this setting, and where these lie among those kept."""
+        rows = np.arange(len(self._kept))
+        if not setting.trajectory.all_batches and setting.max_batches is not None:
+            rows = rows[self._kept >= setting.first(self._planned or self.steps)]
+            rows = rows[:: max(1, math.ceil(len(rows) / setting.max_batches))]
+        return self._kept[rows], rows
+
+
+def amount(asked: Amount, total: int) -> int:
+    """A number of steps: None is all, a float is a fraction of them."""
+    if asked is None:
+        return total
+    wanted = round(asked * total) if isinstance(asked, float) else asked
+    return min(max(1, wanted), total)
+
+
+def _visits(first: int, stop: int, count: int) -> np.ndarray:
+    """So many steps of first <= t < stop, evenly spaced, the last first."""
+    return np.unique(np.linspace(first, stop - 1, count).round().astype(np.int64))[::-1].copy()
+
+
+def _nearest(kept: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Of each step, the index of the kept step that is nearest."""
+    after = np.clip(np.searchsorted(kept, steps), 0, len(kept) - 1)
+    before = np.maximum(after - 1, 0)
+    closer = np.abs(steps - kept[before]) < np.abs(kept[after] - steps)
+    return np.where(closer, before, after).astype(np.int64)

@@ -1,0 +1,182 @@
+"""What the outer loss is measured on, as batches that can be iterated again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_drmad.objectives import trace
+
+_FORMS = "(x, y), (x, y, sample_weight), a tf.data.Dataset or a keras.utils.PyDataset"
+
+
+def batches_of(data: Any, batch_size: int) -> Iterable[Any]:
+    """The batches of hyper data.
+
+    Args:
+        data: `(x, y[, sample_weight])` of arrays or nested structures of arrays, a
+            `tf.data.Dataset` of batches, or a `keras.utils.PyDataset`.
+        batch_size: Examples per batch, where arrays are passed.
+
+    Raises:
+        ValueError, TypeError: if there is no example, arrays differ in length, a number is not
+            finite, a dataset never ends, or the data is of another form.
+    """
+    if isinstance(data, tf.data.Dataset):
+        cardinality = int(data.cardinality())
+        if cardinality == 0:
+            raise ValueError("`hyper_data` is empty: the outer loss needs at least one example.")
+        if cardinality == tf.data.INFINITE_CARDINALITY:
+            raise ValueError(
+                "`hyper_data` never ends. Pass a finite dataset, for example data.take(100)."
+            )
+        return data
+    if isinstance(data, keras.utils.PyDataset):
+        if not data.num_batches:
+            raise ValueError("`hyper_data` is an empty or endless PyDataset: give it a length.")
+        return _Indexed(data)
+    if isinstance(data, (tuple, list)) and len(data) in (2, 3):
+        return _dataset(tuple(data), batch_size)
+    raise TypeError(f"`hyper_data` is {_FORMS}. Received: {_describe(data)}")
+
+
+def element_spec(batches: Iterable[Any]) -> Any:
+    """The form of one batch: nested `tf.TensorSpec` with an open first dimension."""
+    if isinstance(batches, tf.data.Dataset):
+        return batches.element_spec
+    return keras.tree.map_structure(
+        lambda x: tf.TensorSpec([None, *x.shape[1:]], x.dtype), next(iter(batches))
+    )
+
+
+def check_against(training: Any, hyper: Any, model: keras.Model) -> None:
+    """Compare the forms of a training batch and of a batch of hyper data.
+
+    Args:
+        training, hyper: Element specs (see `element_spec`).
+        model: The model, built. Lengths that differ in the inputs (of sequences, of images) pass
+            if it takes both.
+
+    Raises:
+        ValueError: if inputs or targets differ in structure or shape.
+    """
+    pairs = zip(
+        ("inputs", "targets"),
+        keras.utils.unpack_x_y_sample_weight(training)[:2],
+        keras.utils.unpack_x_y_sample_weight(hyper)[:2],
+        strict=True,
+    )
+    lengths_differ = False
+    for what, expected, given in pairs:
+        expected, given = _specs(expected), _specs(given)
+        shapes = [
+            (expected[key].shape[1:], given[key].shape[1:])
+            for key in expected
+            if key in given and None not in (expected[key].shape.rank, given[key].shape.rank)
+        ]
+        agree = set(expected) == set(given) and all(a.rank == b.rank for a, b in shapes)
+        if agree and not all(a.is_compatible_with(b) for a, b in shapes):
+            if what == "inputs":
+                lengths_differ = _takes(model, hyper)
+            agree = lengths_differ
+        if not agree:
+            raise ValueError(
+                f"The {what} of `hyper_data` differ from those that the model trains on. "
+                f"Expected {_shapes(expected)}, received {_shapes(given)} (the first dimension is "
+                "the batch). Prepare the hyper data as the training data."
+            )
+
+
+def _takes(model: keras.Model, batch: Any) -> bool:
+    try:
+        trace(model, batch)
+    except Exception:  # whatever a layer raises about a shape
+        return False
+    return True
+
+
+def overlap(training: Any, batches: Iterable[Any]) -> float:
+    """The part of a training batch's examples that are found in the hyper data, from 0 to 1."""
+    rows = _row_hashes(training)
+    found = set()
+    for batch in batches:
+        found |= rows & _row_hashes(batch)
+    return len(found) / max(1, len(rows))
+
+
+class _Indexed:
+    """A PyDataset from its first to its last batch."""
+
+    def __init__(self, data: keras.utils.PyDataset):
+        self._data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        for i in range(self._data.num_batches):
+            yield keras.tree.map_structure(tf.convert_to_tensor, self._data[i])
+
+
+def _dataset(data: tuple, batch_size: int) -> tf.data.Dataset:
+    arrays = keras.tree.map_structure(_array, data)
+    lengths = {len(array) for array in keras.tree.flatten(arrays) if array is not None}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"The arrays of `hyper_data` have different numbers of examples: {sorted(lengths)}."
+        )
+    if lengths == {0}:
+        raise ValueError("`hyper_data` is empty: the outer loss needs at least one example.")
+    if len(arrays) == 3 and arrays[2] is None:
+        arrays = arrays[:2]
+    # As `fit` does: for tf.data a list is one tensor.
+    arrays = keras.tree.lists_to_tuples(arrays)
+    return tf.data.Dataset.from_tensor_slices(arrays).batch(batch_size)
+
+
+def _array(leaf: Any) -> Any:
+    if leaf is None or isinstance(leaf, tf.RaggedTensor):
+        return leaf
+    try:
+        array = leaf if isinstance(leaf, tf.Tensor) else np.asarray(leaf)
+        if len(array.shape) == 0 or array.dtype == np.dtype(object):
+            raise TypeError
+    except (TypeError, ValueError):
+        raise TypeError(f"`hyper_data` is {_FORMS}. Received: {_describe(leaf)}") from None
+    if isinstance(array, np.ndarray) and array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise ValueError(
+                "`hyper_data` holds NaN or infinite numbers. Clean it first: no hyperparameter "
+                "can be tuned on a loss that is not finite."
+            )
+        if array.dtype == np.float64:
+            # As `fit` does with its arrays.
+            array = array.astype(keras.config.floatx())
+    return array
+
+
+def _specs(structure: Any) -> dict[str, Any]:
+    flat = keras.tree.flatten_with_path(structure) if structure is not None else []
+    return {"/".join(map(str, path)): spec for path, spec in flat if hasattr(spec, "shape")}
+
+
+def _shapes(specs: dict[str, Any]) -> str:
+    return ", ".join(f"{key or 'array'}: {spec.shape}" for key, spec in specs.items()) or "none"
+
+
+def _row_hashes(batch: Any) -> set[bytes]:
+    x = keras.utils.unpack_x_y_sample_weight(batch)[0]
+    leaves = [leaf for leaf in keras.tree.flatten(x) if isinstance(leaf, tf.Tensor)]
+    if not leaves or leaves[0].dtype == tf.string:
+        return set()
+    return {row.tobytes() for row in leaves[0].numpy()}
+
+
+def _describe(data: Any) -> str:
+    shape = getattr(data, "shape", None)
+    if shape is not None:
+        return f"{type(data).__name__} of shape {tuple(shape)}"
+    if isinstance(data, (tuple, list)):
+        return f"{type(data).__name__} of length {len(data)}"
+    return f"{data!r}" if isinstance(data, (int, float, str, type(None))) else type(data).__name__

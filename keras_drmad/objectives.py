@@ -1,0 +1,241 @@
+"""A compiled Keras model as pure functions of its weights: the training loss, the outer loss.
+
+Everything runs in a `keras.StatelessScope`: variables are read from what is passed in, and what the
+model would assign (moving statistics, seeds, metrics) is dropped.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward pass of the training loss."""
+
+    loss: tf.Tensor  # the whole loss, penalties of layers included
+    outputs: list[tf.Tensor]  # what the loss sees of the model: where Gauss-Newton cuts
+    penalty: tf.Tensor | None  # what layers add (add_loss, regularizers), or None
+    logits: list[tf.Tensor | None] | None = None  # of each output, what a loss may use instead
+
+
+class TrainingLoss:
+    """The loss that `fit` minimises on a batch, as a function of weights, tuned variables, seeds.
+
+    Other state (moving statistics, frozen weights) is read from the model as it stands.
+
+    Args:
+        model: A built and compiled model.
+        tuned: Variables of the model or its loss that are tuned.
+    """
+
+    def __init__(self, model: keras.Model, tuned: Sequence[keras.Variable] = ()):
+        self.model = model
+        self.weights = list(model.trainable_variables)
+        self.tuned = list(tuned)
+        self.seeds = seed_variables(model)
+
+    def __call__(
+        self,
+        weights: Sequence[tf.Tensor],
+        tuned: Sequence[tf.Tensor],
+        seeds: Sequence[tf.Tensor],
+        data: Any,
+    ) -> Forward:
+        mapping = [
+            *zip(self.weights, weights, strict=True),
+            *zip(self.tuned, tuned, strict=True),
+            *zip(self.seeds, seeds, strict=True),
+        ]
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        # Losses that layers add are collected, as `fit` does; a scope drops them by default.
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
+            predicted = tf.nest.map_structure(_fresh, _call(self.model, x, training=True))
+            loss = _compute_loss(self.model, x, y, predicted, sample_weight, training=True)
+            added = [tf.reduce_sum(term) for term in self.model.losses]
+        outputs = [z for z in tf.nest.flatten(predicted) if tf.is_tensor(z)]
+        penalty = tf.add_n(added) if added else None
+        return Forward(loss, outputs, penalty, [_logits(z) for z in outputs])
+
+
+class OuterLoss:
+    """The outer loss: mean compiled loss on the hyper data, in inference mode, without penalties.
+
+    Args:
+        model: A built and compiled model.
+        data: Batches, iterated anew at every call.
+        tuned: Variables of the model or its loss that are tuned.
+        loss: A loss that is measured instead of the compiled one, or None.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        data: Iterable[Any],
+        tuned: Sequence[keras.Variable] = (),
+        loss: keras.losses.Loss | None = None,
+    ):
+        self.model, self.data, self.loss = model, data, loss
+        self.tuned = list(tuned)
+        self._gradient = tf.function(self._batch_gradient, reduce_retracing=True, autograph=False)
+
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """The variables that it is differentiated by; a model may be built late."""
+        return list(self.model.trainable_variables)
+
+    def __call__(
+        self, weights: Sequence[tf.Tensor] | None = None
+    ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
+        """The loss, its gradient for the weights and for `tuned`.
+
+        Args:
+            weights: Where it is taken. Defaults to the model's present weights.
+        """
+        variables = self.weights + self.tuned
+        values = [tf.convert_to_tensor(v.value) for v in variables]
+        values[: len(self.weights)] = weights or values[: len(self.weights)]
+        total: list[tf.Tensor] | None = None
+        count = tf.zeros((), tf.int64)
+        for data in self.data:
+            terms, size = self._gradient(values, _without_optionals(data))
+            total = terms if total is None else [a + b for a, b in zip(total, terms, strict=True)]
+            count += size
+        if total is None:
+            raise ValueError("`hyper_data` gave no batch. Pass at least one example.")
+        mean = [term / tf.cast(count, term.dtype) for term in total]
+        n = len(self.weights)
+        return mean[0], mean[1 : n + 1], mean[n + 1 :]
+
+    def _batch_gradient(
+        self, values: list[tf.Tensor], data: Any
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Sum over the batch, so that a smaller last batch counts for what it holds."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        size = tf.shape(keras.tree.flatten(x)[0], tf.int64)[0]
+        variables = self.weights + self.tuned
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            mapping = list(zip(variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
+                predicted = _call(self.model, x, training=False)
+                loss = self._loss_of(x, y, predicted, sample_weight)
+        gradients = tape.gradient(loss, values, unconnected_gradients="zero")
+        return [t * tf.cast(size, t.dtype) for t in map(dense, [loss, *gradients])], size
+
+    def _loss_of(self, x, y, predicted, sample_weight):
+        if self.loss is not None:
+            if keras.tree.is_nested(predicted):
+                raise ValueError(
+                    "`outer_loss` is for models of one output. Leave it out: the outer loss is "
+                    "then the compiled loss, or what the model's `compute_loss` returns."
+                )
+            return self.loss(y, predicted, sample_weight)
+        compiled = getattr(self.model, "_compile_loss", None)
+        if compiled is not None and type(self.model).compute_loss is keras.Model.compute_loss:
+            return compiled(y, predicted, sample_weight)
+        # A model that computes its loss itself: there is no way to leave its penalties out.
+        return _compute_loss(self.model, x, y, predicted, sample_weight, training=False)
+
+
+class _OfFunction(keras.losses.Loss):
+    """The mean of a function of targets and predictions, such as Keras has for a loss's name."""
+
+    def __init__(self, function: Any):
+        super().__init__(name=getattr(function, "__name__", None))
+        self.function = function
+
+    def call(self, y_true, y_pred):
+        return self.function(y_true, y_pred)
+
+
+def get_loss(loss: Any) -> keras.losses.Loss | None:
+    """A loss from itself, its name, or a function of targets and predictions; None is none.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        found = keras.losses.get(loss)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`outer_loss` is a keras.losses.Loss or its name. Received: outer_loss={loss!r}"
+        ) from None
+    return found if found is None or isinstance(found, keras.losses.Loss) else _OfFunction(found)
+
+
+def seed_variables(model: keras.Model) -> list[keras.Variable]:
+    """The states of the model's seed generators, which decide the dropout masks of a step."""
+    known = {id(v) for v in (*model.weights, *model.metrics_variables)}
+    return [v for v in model.non_trainable_variables if id(v) not in known]
+
+
+def trace(model: keras.Model, batch: Any) -> None:
+    """Trace a forward pass, which builds the model, as Keras does in the first training step.
+
+    Args:
+        model: A model.
+        batch: The element spec of a batch.
+    """
+    x = keras.utils.unpack_x_y_sample_weight(batch)[0]
+    x = keras.tree.map_structure(
+        lambda spec: None if isinstance(spec, tf.OptionalSpec) else spec, x
+    )
+    tf.function(lambda x: _call(model, x, training=True), autograph=False).get_concrete_function(x)
+
+
+def dense(tensor: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
+    """Embedding gradients come as slices; what is added up here is dense."""
+    return tf.convert_to_tensor(tensor)
+
+
+_ACTIVATIONS = ("Softmax", "Sigmoid")
+
+
+def _fresh(output: Any) -> Any:
+    """A copy of an output on which nothing depends but the loss: no other output, no penalty."""
+    if not tf.is_tensor(output):
+        return output
+    logits = getattr(output, "_keras_logits", None)
+    if logits is None and _logits(output) is not None:
+        return output  # The loss looks for the operation that the output comes from.
+    fresh = tf.identity(output)
+    if logits is not None:
+        fresh._keras_logits = tf.identity(logits)
+    if getattr(output, "_keras_mask", None) is not None:
+        fresh._keras_mask = output._keras_mask
+    return fresh
+
+
+def _logits(output: tf.Tensor) -> tf.Tensor | None:
+    """What Keras's cross-entropies use instead of a softmax or sigmoid, as they find it."""
+    logits = getattr(output, "_keras_logits", None)
+    if logits is None and getattr(getattr(output, "op", None), "type", "") in _ACTIVATIONS:
+        logits = output.op.inputs[0]
+    return logits
+
+
+def _call(model: keras.Model, x: Any, training: bool) -> Any:
+    if getattr(model, "_call_has_training_arg", True):
+        return model(x, training=training)
+    return model(x)
+
+
+def _compute_loss(model, x, y, predicted, sample_weight, training):
+    arguments = dict(x=x, y=y, y_pred=predicted, sample_weight=sample_weight)
+    if "training" in inspect.signature(model.compute_loss).parameters:
+        arguments["training"] = training
+    return model.compute_loss(**arguments)
+
+
+def _without_optionals(data: Any) -> Any:
+    """Datasets of Keras wrap a missing entry in an Optional."""
+    return keras.tree.map_structure(
+        lambda leaf: None if isinstance(leaf, tf.experimental.Optional) else leaf, data
+    )

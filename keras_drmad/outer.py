@@ -1,0 +1,156 @@
+"""The outer update: from hypergradients to new hyperparameters, with the guards around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_drmad import domains
+
+# What an optimizer that is given by name steps by, in raw units: about 10 % of a positive value.
+NAMED_LEARNING_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A raw variable that the outer optimizer moves, and the domain of its value."""
+
+    raw: keras.Variable
+    domain: domains.Domain
+    target: keras.Variable | None = None  # the variable that holds the value itself, if any does
+
+
+def tuned_variables(variables: Sequence[Any]) -> list[Tuned]:
+    """Variables of a model or a loss, each with a raw variable beside it.
+
+    Args:
+        variables: `keras.Variable`s, or pairs of one and its domain.
+
+    Raises:
+        TypeError, ValueError: for what is no floating variable, appears twice, or holds a value
+            outside of its domain.
+    """
+    result: list[Tuned] = []
+    for entry in variables:
+        variable, domain = entry if isinstance(entry, (tuple, list)) else (entry, "real")
+        if not isinstance(variable, keras.Variable):
+            raise TypeError(
+                "`variables` holds keras.Variables or pairs (keras.Variable, domain). Received: "
+                f"{entry!r}"
+            )
+        if not keras.backend.is_float_dtype(variable.dtype):
+            raise TypeError(
+                f"{variable.path} is of dtype {variable.dtype}: no gradient reaches it."
+            )
+        if any(t.target is variable for t in result):
+            raise ValueError(f"{variable.path} stands in `variables` twice.")
+        known = domains.get(domain)
+        values = keras.ops.convert_to_numpy(variable)
+        outside = [v for v in np.ravel(values).tolist() if not known.contains(v)]
+        if outside:
+            raise ValueError(
+                f"{variable.path} holds {outside[0]}, but its domain {known.name!r} is "
+                f"{known.says}. Start elsewhere or pass another domain."
+            )
+        raw = keras.Variable(np.zeros(values.shape), dtype=variable.dtype, trainable=False,
+                             name=f"{variable.name}_raw")  # fmt: skip
+        result.append(Tuned(raw, known, variable))
+    return result
+
+
+def _set_raw(tuned: Tuned) -> None:
+    """Take the raw value from the variable, which may have been assigned to meanwhile."""
+    values = keras.ops.convert_to_numpy(tuned.target)
+    flat = [tuned.domain.raw(v) for v in np.ravel(values).tolist()]
+    tuned.raw.assign(np.reshape(np.asarray(flat, values.dtype), values.shape))
+
+
+def get(optimizer: str | keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """The outer optimizer of a name, with `NAMED_LEARNING_RATE`; or the object itself.
+
+    Raises:
+        ValueError: for an unknown name or another object.
+    """
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        return optimizer
+    if isinstance(optimizer, str):
+        try:
+            found = keras.optimizers.get(optimizer)
+        except ValueError:
+            raise ValueError(
+                "`outer_optimizer` is not the name of a Keras optimizer, such as 'adam'. Received: "
+                f"outer_optimizer={optimizer!r}"
+            ) from None
+        found.learning_rate = NAMED_LEARNING_RATE
+        return found
+    raise TypeError(
+        "`outer_optimizer` is a Keras optimizer or its name, or keras_drmad.optimizers.Sign(step). "
+        f"Received: outer_optimizer={optimizer!r}"
+    )
+
+
+def built_for(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> keras.optimizers.Optimizer:
+    """The outer optimizer, or where it was built for other variables, one like it for these.
+
+    A schedule over a horizon that has another length now has another number of blocks: each takes
+    over the state of the old block in which it begins.
+    """
+    if not optimizer.built:
+        return optimizer
+    before = optimizer._trainable_variables
+    if [id(v) for v in before] == [id(v) for v in variables]:
+        return optimizer
+    new = type(optimizer).from_config(optimizer.get_config())
+    new.build(variables)
+    if [v.shape[1:] for v in before] == [v.shape[1:] for v in variables]:
+        for old, variable in zip(optimizer.variables, new.variables, strict=True):
+            value = keras.ops.convert_to_numpy(old)
+            if value.shape != tuple(variable.shape):
+                count = variable.shape[0]
+                value = value[[i * len(value) // count for i in range(count)]]
+            variable.assign(value)
+    return new
+
+
+def update(
+    optimizer: keras.optimizers.Optimizer,
+    tuned: Sequence[Tuned],
+    hypergradients: Sequence[tf.Tensor],
+    max_step: float,
+) -> str:
+    """Move the raw variables against their hypergradients, if they can be trusted.
+
+    Args:
+        optimizer: A Keras optimizer.
+        tuned: What is moved.
+        hypergradients: Of each, the derivative of the outer loss by the value (not the raw one).
+        max_step: No raw value moves farther than this.
+
+    Returns:
+        An empty string, or the reason why nothing was moved.
+    """
+    if not all(bool(tf.reduce_all(tf.math.is_finite(h))) for h in hypergradients):
+        return "a hypergradient is not finite"
+    for t in tuned:
+        if t.target is not None:
+            _set_raw(t)
+    before = [tf.identity(t.raw.value) for t in tuned]
+    gradients = [
+        tf.cast(h, raw.dtype) * t.domain.slope(raw)
+        for h, t, raw in zip(hypergradients, tuned, before, strict=True)
+    ]
+    optimizer.apply(gradients, [t.raw for t in tuned])
+    for t, old in zip(tuned, before, strict=True):
+        moved = tf.clip_by_value(t.raw.value - old, -max_step, max_step)
+        # An optimizer whose own state overflowed moves nothing.
+        t.raw.assign(old + tf.where(tf.math.is_finite(moved), moved, tf.zeros_like(moved)))
+        if t.target is not None:
+            t.target.assign(t.domain.value(tf.convert_to_tensor(t.raw.value)))
+    return ""

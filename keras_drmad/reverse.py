@@ -1,0 +1,272 @@
+"""The reverse loop: walk back through a training run and collect hypergradients.
+
+At every visited step t, with the cotangents (w_bar, s_bar) of the weights and slots after it,
+
+    w_bar', s_bar', g_bar, l_bar = VJP of the update rule at the state before it
+    w_bar <- w_bar' + C g_bar                    C: curvature of the step's training loss
+    s_bar <- s_bar'
+    hypergradient of the rule's values += l_bar
+    hypergradient of tuned variables   += d <gradient, g_bar> / d tuned
+
+(Maclaurin et al., 2015, algorithm 2; Fu et al., 2016, algorithm 2). The loop is one
+`tf.while_loop`; which steps it visits, on which batches, along which path, are tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from keras_drmad import rules
+from keras_drmad.batches import Batches
+from keras_drmad.curvature import Curvature
+from keras_drmad.trajectories import Path, State, state_at
+
+Tensors = list[tf.Tensor]
+
+
+class Adjoint(NamedTuple):
+    """What the walk carries and collects."""
+
+    weights: Tensors  # cotangents of the weights
+    slots: Tensors  # and of the slots, flat
+    values: Tensors  # hypergradients of the rule's values, (blocks, *shape) each
+    tuned: Tensors  # hypergradients of tuned variables
+
+
+class Run(NamedTuple):
+    """What happened in a training run, as tensors."""
+
+    batches: list[Any]  # packed components
+    seeds: Tensors  # (batches, *shape) each: seed states before each batch
+    rates: tf.Tensor  # (steps,): the scalar learning rate of each step
+    values: Tensors  # of each group, (blocks, *shape): the values trained with
+    tuned: Tensors  # values of the tuned variables
+    iteration: tf.Tensor  # the optimizer's count of updates before the first step (int64)
+    horizon: tf.Tensor  # steps that schedules stretch over (int64)
+
+
+# (weights, slots, gradients, values, learning_rate, t) -> (weights, slots)
+Update = Callable[..., tuple[Tensors, list[rules.Slots]]]
+# (weights, tuned, seeds, batch) -> objectives.Forward
+TrainLoss = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor], Tensors, Any], Any]
+
+
+@dataclass(eq=False)
+class ReverseLoop:
+    """The loop's graphs, traced once for one model, optimizer, curvature and form of batch.
+
+    Args:
+        loss: The training loss as a pure function.
+        update: The update of all variables as a pure function.
+        curvature: One of `keras_drmad.curvature`.
+        slots: The number of slots of each variable.
+        block_of: (position, blocks, horizon) -> the block of a schedule at a step.
+        jit_compile: Whether each step is compiled by XLA.
+    """
+
+    loss: TrainLoss
+    update: Update
+    curvature: Curvature
+    slots: Sequence[int]
+    block_of: Callable[[tf.Tensor, int, tf.Tensor], tf.Tensor]
+    jit_compile: bool = False
+
+    def __post_init__(self) -> None:
+        self.traces = 0
+        self._graphs: dict[Any, Callable] = {}
+
+    def walk(
+        self,
+        batches: Batches,
+        run: Run,
+        path: Path,
+        visits: tf.Tensor,
+        rows: tf.Tensor,
+        adjoint: Adjoint,
+        limit: float = math.inf,
+    ) -> tuple[Adjoint, int, float]:
+        """Walk back over the visited steps.
+
+        Args:
+            batches: How to read `run.batches`.
+            run: The recorded run.
+            path: States over the visited steps.
+            visits: (n,) int64, the steps in the order of the walk, the last first.
+            rows: (n,) int64, the index of each visited step's batch.
+            adjoint: What was carried and collected so far.
+            limit: The walk ends when the norm of the weights' cotangents is above this or not
+                finite.
+
+        Returns:
+            The adjoint before the visited steps, the number of steps walked, and the last norm.
+        """
+        walk = self._graph(batches, "walk", lambda: (
+            _run_spec(run), _long(path), _long(visits), _long(rows), _fixed(adjoint),
+            tf.TensorSpec([], tf.float64),
+        ))  # fmt: skip
+        limit = tf.constant(limit, tf.float64)
+        adjoint, walked, norm = walk(run, path, visits, rows, adjoint, limit)
+        return adjoint, int(walked), float(norm)
+
+    def replay(
+        self, batches: Batches, run: Run, state: State, start: int, stop: int, rows: tf.Tensor
+    ) -> Path:
+        """Recompute the states from step `start` to `stop`, from the state at `start`."""
+        times = tf.range(start, stop + 1, dtype=tf.int64)
+        forward = self._graph(batches, "forward", lambda: (
+            _run_spec(run), _fixed(state), _long(times), _long(rows)
+        ))  # fmt: skip
+        return Path(times, forward(run, state, times, rows))
+
+    def _graph(self, batches: Batches, name: str, signature: Callable[[], tuple]) -> Callable:
+        """The graph of one form of batch; lengths may change from run to run without a trace."""
+        key = (name, batches.signature)
+        if key not in self._graphs:
+            body: Callable = self._walk if name == "walk" else self._forward
+
+            def traced(*args):
+                self.traces += name == "walk"
+                return body(batches.take, *args)
+
+            self._graphs[key] = tf.function(traced, input_signature=signature(), autograph=False)
+        return self._graphs[key]
+
+    # Inside the graph ----------------------------------------------------------------------------
+
+    def _split(self, state: State) -> tuple[Tensors, list[rules.Slots]]:
+        return split(state, self.slots)
+
+    def _at_step(self, take, run: Run, t: tf.Tensor, row: tf.Tensor):
+        """What step t was made of: batch, seeds, values, learning rate, number of the update."""
+        batch = take(run.batches, row)
+        seeds = [seed[row] for seed in run.seeds]
+        at = [self.block_of(t, array.shape[0], run.horizon) for array in run.values]
+        values = [tf.gather(array, i) for array, i in zip(run.values, at, strict=True)]
+        return batch, seeds, at, values, run.rates[t], run.iteration + t + 1
+
+    def _walk(self, take, run, path, visits, rows, adjoint, limit):
+        def body(i, norm, adjoint):
+            t = visits[i]
+            batch, seeds, at, values, rate, count = self._at_step(take, run, t, rows[i])
+            new, l_bar, h_bar = self._compiled(self._step)(
+                state_at(path, t),
+                adjoint.weights,
+                adjoint.slots,
+                values,
+                run.tuned,
+                seeds,
+                batch,
+                rate,
+                count,
+            )
+            n = len(adjoint.weights)
+            norm = tf.cast(tf.linalg.global_norm(new[:n]), tf.float64)
+            collected = [
+                tf.tensor_scatter_nd_add(total, block[None, None], part[None])
+                for total, block, part in zip(adjoint.values, at, l_bar, strict=True)
+            ]
+            tuned = [a + b for a, b in zip(adjoint.tuned, h_bar, strict=True)]
+            return i + 1, norm, Adjoint(new[:n], new[n:], collected, tuned)
+
+        count = tf.shape(visits)[0]
+        walked, norm, adjoint = tf.while_loop(
+            lambda i, norm, _: tf.logical_and(
+                i < count, tf.logical_and(norm <= limit, tf.math.is_finite(norm))
+            ),
+            body,
+            (tf.constant(0), tf.constant(0.0, tf.float64), adjoint),
+            parallel_iterations=1,
+        )
+        return adjoint, walked, norm
+
+    def _compiled(self, function: Callable) -> Callable:
+        if not self.jit_compile:
+            return function
+        return tf.function(function, jit_compile=True, autograph=False)
+
+    def _step(self, state, w_bar, s_bar, values, tuned, seeds, batch, rate, count):
+        """One step back: the new cotangents of the state, of the values, of tuned variables."""
+        weights, slots = self._split(state)
+        gradient, product = self.curvature(
+            lambda w, h: self.loss(w, h, seeds, batch), weights, tuned
+        )
+        used = [i for i, g in enumerate(gradient) if g is not None]
+        given = [gradient[i] for i in used]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([weights, slots, given, values])
+            new_weights, new_slots = self.update(weights, slots, gradient, values, rate, count)
+            after = [*new_weights, *(s for of_one in new_slots for s in of_one)]
+        sources = [*state, *given, *values]
+        bars = tape.gradient(after, sources, [*w_bar, *s_bar], unconnected_gradients="zero")
+        n, m = len(state), len(state) + len(given)
+        new, g_bar, l_bar = bars[:n], bars[n:m], bars[m:]
+        direction = [tf.zeros_like(w) for w in weights]
+        for i, bar in zip(used, g_bar, strict=True):
+            direction[i] = bar
+        curved, h_bar = product(direction)
+        new = [new[i] + curved[i] if i < len(weights) else new[i] for i in range(n)]
+        return new, l_bar, h_bar
+
+    def _forward(self, take, run, state, times, rows):
+        steps = tf.shape(rows)[0]
+        arrays = [
+            tf.TensorArray(x.dtype, steps + 1, element_shape=x.shape).write(0, x) for x in state
+        ]
+
+        def body(i, state, arrays):
+            t = times[i]
+            batch, seeds, _, values, rate, count = self._at_step(take, run, t, rows[i])
+            state = self._compiled(self._training_step)(
+                state, values, run.tuned, seeds, batch, rate, count
+            )
+            written = [a.write(i + 1, x) for a, x in zip(arrays, state, strict=True)]
+            return i + 1, state, written
+
+        _, _, arrays = tf.while_loop(
+            lambda i, *_: i < steps,
+            body,
+            (tf.constant(0), state, arrays),
+            parallel_iterations=1,
+        )
+        return [array.stack() for array in arrays]
+
+    def _training_step(self, state, values, tuned, seeds, batch, rate, count):
+        weights, slots = self._split(state)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(weights)
+            loss = self.loss(weights, tuned, seeds, batch).loss
+        gradients = tape.gradient(loss, weights)
+        gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+        weights, slots = self.update(weights, slots, gradients, values, rate, count)
+        return [*weights, *(s for of_one in slots for s in of_one)]
+
+
+def split(state: State, slots: Sequence[int]) -> tuple[Tensors, list[rules.Slots]]:
+    """A flat state as the weights and, of each weight, the slots."""
+    weights, rest = list(state[: len(slots)]), list(state[len(slots) :])
+    grouped: list[rules.Slots] = []
+    for count in slots:
+        grouped.append(tuple(rest[:count]))
+        del rest[:count]
+    return weights, grouped
+
+
+def _fixed(tree: Any) -> Any:
+    return tf.nest.map_structure(lambda x: tf.TensorSpec(x.shape, x.dtype), tree)
+
+
+def _long(tree: Any) -> Any:
+    """Specs for tensors whose first dimension counts steps, batches or anchors: it may change."""
+    return tf.nest.map_structure(lambda x: tf.TensorSpec([None, *x.shape[1:]], x.dtype), tree)
+
+
+def _run_spec(run: Run) -> Run:
+    return Run(
+        _long(run.batches), _long(run.seeds), _long(run.rates), _fixed(run.values),
+        _fixed(run.tuned), _fixed(run.iteration), _fixed(run.horizon),
+    )  # fmt: skip

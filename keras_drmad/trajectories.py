@@ -1,0 +1,283 @@
+"""Trajectories: what is kept of a training run, and the state at every step rebuilt from it.
+
+A state is the flat list of the weights and of the optimizer's slots. While training goes forward a
+trajectory is offered states and keeps those it `wants`; afterwards it hands out `segments`, last
+first, each with a `Path` on which `state_at` gives the state at any step of the segment. A path is
+a polyline through anchors: two of them are DrMAD, one per step is exact.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import tensorflow as tf
+
+State = list[tf.Tensor]
+
+
+class Path(NamedTuple):
+    """States at increasing steps, with straight lines between them."""
+
+    times: tf.Tensor  # (anchors,) int64
+    arrays: list[tf.Tensor]  # of each tensor of the state, (anchors, *shape)
+
+
+class Segment(NamedTuple):
+    """The steps `start <= t < stop`, and the path over them."""
+
+    start: int
+    stop: int
+    path: Path
+
+
+# Recomputes the states from a step to another: (state at start, start, stop) -> Path.
+Recompute = Callable[[State, int, int], Path]
+
+
+def state_at(path: Path, t: tf.Tensor) -> State:
+    """The state at step t, a scalar int64 within the path; exact at an anchor."""
+    last = tf.shape(path.times, tf.int64)[0] - 1
+    before = tf.searchsorted(path.times, t[None], side="right", out_type=tf.int64)[0] - 1
+    before = tf.clip_by_value(before, 0, tf.maximum(last - 1, 0))
+    after = tf.minimum(before + 1, last)
+    start, stop = path.times[before], path.times[after]
+    part = tf.cast(t - start, tf.float64) / tf.cast(tf.maximum(stop - start, 1), tf.float64)
+    state = []
+    for array in path.arrays:
+        right = tf.cast(part, array.dtype)
+        state.append((1 - right) * array[before] + right * array[after])
+    return state
+
+
+class Trajectory(abc.ABC):
+    """What is kept of the states of a training run."""
+
+    name: str
+    exact: bool  # whether `state_at` is the true state at every step
+    all_batches = False  # whether every batch must be kept, not only a sample of them
+
+    def __init__(self) -> None:
+        self.begin(None)
+
+    def begin(self, steps: int | None, first: int = 0) -> None:
+        """Forget the last run and cover the steps from `first` of the next.
+
+        Args:
+            steps: How many steps the run will have, or None if that is not known.
+            first: The first step that will be walked.
+        """
+        self.steps, self.first = steps, first
+        self.times: list[int] = []
+        self.states: list[State] = []
+
+    @abc.abstractmethod
+    def wants(self, t: int) -> bool:
+        """Whether the state before step t is to be kept."""
+
+    def add(self, t: int, state: State) -> None:
+        """Keep the state before step t."""
+        self.times.append(t)
+        self.states.append(state)
+
+    def finish(self, t: int, state: State) -> None:
+        """Keep the state after the last step, of which there were t."""
+        self.times.append(t)
+        self.states.append(state)
+
+    def segments(self, recompute: Recompute) -> Iterator[Segment]:
+        """The run in segments, the last first. What is handed out is forgotten."""
+        times, self.times = self.times, []
+        states, self.states = self.states, []
+        yield Segment(times[0], times[-1], _path(times, states))
+
+    @abc.abstractmethod
+    def copies(self, steps: int) -> int:
+        """How many copies of the state a run of so many steps needs, the walk included."""
+
+    def restore(self, segment: Segment) -> None:
+        """Take back the one segment that was handed out, to walk it again."""
+        self.times = segment.path.times.numpy().tolist()
+        self.states = [[array[i] for array in segment.path.arrays] for i in range(len(self.times))]
+
+    def nbytes(self) -> int:
+        """Bytes of the states that are kept now."""
+        return sum(t.dtype.size * math.prod(t.shape) for state in self.states for t in state)
+
+
+class Linear(Trajectory):
+    """The straight line from the first state to the last: DrMAD (Fu et al., 2016, eq. 10).
+
+    Keeps two copies of the state, whatever the number of steps.
+    """
+
+    name = "linear"
+    exact = False
+
+    def wants(self, t: int) -> bool:
+        return t == self.first
+
+    def copies(self, steps: int) -> int:
+        return 2
+
+
+class Stored(Trajectory):
+    """Every state: exact, the oracle. Keeps as many copies of the state as there are steps."""
+
+    name = "stored"
+    exact = True
+    all_batches = True
+
+    def wants(self, t: int) -> bool:
+        return t >= self.first
+
+    def copies(self, steps: int) -> int:
+        return steps + 1
+
+
+class Piecewise(Trajectory):
+    """Straight lines between anchors: the dial between DrMAD (2 anchors) and exact.
+
+    Args:
+        anchors: How many states are kept at most, the first and the last included. Defaults to 9.
+        spacing: `"quadratic"`: dense at the start, where weights move most, t = T (j/J)^2;
+            `"even"`; or `"bend"`: of about 8 times as many candidates those are kept whose loss
+            would bend the path most. Where the number of steps is not known in advance the first
+            two are even: every state, then every second, fourth ... is kept. Defaults to
+            `"quadratic"`.
+    """
+
+    name = "piecewise"
+    exact = False
+
+    def __init__(self, anchors: int = 9, spacing: str = "quadratic"):
+        if isinstance(anchors, bool) or not isinstance(anchors, int) or anchors < 2:
+            raise ValueError(f"`anchors` is an int of at least 2. Received: anchors={anchors!r}")
+        if spacing not in ("quadratic", "even", "bend"):
+            raise ValueError(
+                f"`spacing` is 'quadratic', 'even' or 'bend'. Received: spacing={spacing!r}"
+            )
+        self.anchors, self.spacing = anchors, spacing
+        super().__init__()
+
+    def begin(self, steps: int | None, first: int = 0) -> None:
+        super().begin(steps, first)
+        self._stride = 1
+        self._bends: list[float] = []
+        if self.spacing == "bend":
+            return
+        if steps is not None:
+            power = 2 if self.spacing == "quadratic" else 1
+            last = self.anchors - 1
+            length = steps - first
+            self._chosen = {first + round(length * (j / last) ** power) for j in range(last)}
+
+    def wants(self, t: int) -> bool:
+        if self.spacing == "bend":
+            if not self.times:
+                return t >= self.first
+            length = self.steps - self.first if self.steps else self.times[-1] - self.first
+            return t >= self.times[-1] + max(1, length // (8 * self.anchors))
+        if self.steps is not None:
+            return t in self._chosen
+        return t % self._stride == 0
+
+    def copies(self, steps: int) -> int:
+        return min(self.anchors, steps + 1)
+
+    def add(self, t: int, state: State) -> None:
+        super().add(t, state)
+        if self.spacing == "bend":
+            self._drop_the_straightest()
+            return
+        # Room is kept for the last state. Thinned, the rest lie on multiples of twice the stride.
+        if self.steps is None and len(self.times) > self.anchors - 1 and self.wants(t):
+            self._stride *= 2
+            kept = [i for i, at in enumerate(self.times) if at % self._stride == 0]
+            self.times = [self.times[i] for i in kept]
+            self.states = [self.states[i] for i in kept]
+
+    def _drop_the_straightest(self) -> None:
+        """Keep the number of anchors, without the inner one that the path misses least."""
+        if len(self.times) >= 3:
+            self._bends.append(self._bend(len(self.times) - 2))
+        if len(self.times) > self.anchors - 1 and self._bends:
+            i = min(range(len(self._bends)), key=self._bends.__getitem__) + 1
+            del self.times[i], self.states[i], self._bends[i - 1]
+            for j in (i - 1, i):
+                if 0 < j < len(self.times) - 1:
+                    self._bends[j - 1] = self._bend(j)
+
+    def _bend(self, i: int) -> float:
+        """How far anchor i is from the line between its neighbours, times the line's length."""
+        start, at, stop = self.times[i - 1 : i + 2]
+        part = (at - start) / (stop - start)
+        rows = zip(*self.states[i - 1 : i + 2], strict=True)
+        miss = tf.linalg.global_norm([(1 - part) * a + part * c - b for a, b, c in rows])
+        return float(miss) * (stop - start)
+
+
+class Replay(Piecewise):
+    """Anchors, and the steps between them recomputed from the recorded batches: exact.
+
+    One segment at a time is held, so about 2 sqrt(T) copies of the state at the default.
+
+    Args:
+        anchors: How many states are kept at most. Defaults to about the square root of the number
+            of steps.
+    """
+
+    name = "replay"
+    exact = True
+    all_batches = True
+
+    def __init__(self, anchors: int | None = None):
+        self._default = anchors is None
+        super().__init__(anchors if anchors is not None else 32, "even")
+
+    def begin(self, steps: int | None, first: int = 0) -> None:
+        if self._default and steps is not None:
+            self.anchors = max(2, math.isqrt(steps - first) + 1)
+        super().begin(steps, first)
+
+    def copies(self, steps: int) -> int:
+        anchors = max(2, math.isqrt(steps) + 1) if self._default else self.anchors
+        return anchors + math.ceil(steps / (anchors - 1))
+
+    def segments(self, recompute: Recompute) -> Iterator[Segment]:
+        stop = self.times.pop()
+        self.states.pop()
+        while self.times:
+            start = self.times.pop()
+            if start < stop:
+                yield Segment(start, stop, recompute(self.states.pop(), start, stop))
+                stop = start
+
+
+def _path(times: list[int], states: list[State]) -> Path:
+    arrays = []
+    for i in reversed(range(len(states[0]))):
+        # Tensor by tensor, letting go of what has been copied.
+        arrays.append(tf.stack([state.pop(i) for state in states]))
+    return Path(tf.constant(times, tf.int64), arrays[::-1])
+
+
+_NAMED: dict[str, type[Trajectory]] = {c.name: c for c in (Linear, Piecewise, Replay, Stored)}
+
+
+def get(trajectory: str | Trajectory) -> Trajectory:
+    """The trajectory of a name, or the object itself.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(trajectory, Trajectory):
+        return trajectory
+    if isinstance(trajectory, str) and trajectory in _NAMED:
+        return _NAMED[trajectory]()
+    raise ValueError(
+        f"`trajectory` is one of {sorted(_NAMED)} or a keras_drmad.trajectories.Trajectory. "
+        f"Received: trajectory={trajectory!r}"
+    )

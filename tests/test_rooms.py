@@ -1,0 +1,123 @@
+"""Data flows one way: no room of the package imports what it may not.
+
+`fit` -> optimizer -> recorder -> trajectory -> reverse -> outer -> callback -> reports
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import keras_drmad
+
+PACKAGE = Path(keras_drmad.__file__).parent
+
+# What each room may import: other rooms | what is installed. The standard library is free.
+ROOMS = {
+    "domains": "| numpy tensorflow",
+    "hyperparameters": "domains | keras numpy",
+    "rules": "| tensorflow",
+    "arguments": "hyperparameters | keras",
+    "saving": "hyperparameters | keras numpy tensorflow",
+    "export": "| keras",
+    "base_optimizer": "arguments export hyperparameters rules saving | keras numpy tensorflow",
+    "optimizers": (
+        "arguments base_optimizer export hyperparameters rules saving | keras numpy tensorflow"
+    ),
+    "trajectories": "| tensorflow",
+    "batches": "| keras tensorflow",
+    "normalization": "| keras tensorflow",
+    "objectives": "| keras tensorflow",
+    "recorder": "batches objectives trajectories | keras tensorflow",
+    "curvature": "normalization objectives | tensorflow",
+    "reverse": "batches curvature rules trajectories | tensorflow",
+    "estimator": (
+        "base_optimizer batches curvature normalization objectives optimizers recorder reverse "
+        "trajectories | keras numpy tensorflow"
+    ),
+    "fidelity": "estimator objectives trajectories | keras numpy",
+    "restart": "objectives | keras tensorflow",
+    "hyper_data": "objectives | keras numpy tensorflow",
+    "outer": "domains | keras numpy tensorflow",
+    "checks": (
+        "base_optimizer curvature hyperparameters normalization objectives optimizers | keras"
+    ),
+    "layer_calls": "| keras numpy tensorflow",
+    "derivatives": "curvature normalization objectives | numpy tensorflow",
+    "layer_tests": "derivatives layer_calls | keras numpy tensorflow",
+    "inspection": (
+        "base_optimizer batches checks derivatives layer_calls layer_tests optimizers "
+        "trajectories | keras numpy tensorflow"
+    ),
+    "reports": "| keras numpy",
+    "tensorboard": "reports | numpy tensorflow tensorboard",
+    "plots": "reports | numpy matplotlib",
+    # Wiring: both may import every room below them.
+    "callback": (
+        "checks curvature estimator fidelity hyper_data normalization objectives outer "
+        "recorder reports restart tensorboard trajectories | keras"
+    ),
+    "verify": (
+        "callback checks estimator fidelity hyper_data objectives outer reports trajectories "
+        "| keras numpy"
+    ),
+}
+NAMES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def imports(name: str) -> tuple[set[str], set[str]]:
+    """The rooms and the installed packages that a room imports, within functions as well."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}.py: rooms are imported by their full names"
+            whole = node.module == "keras_drmad"
+            found |= {f"keras_drmad.{a.name}" for a in node.names} if whole else {node.module}
+    parts = [module.split(".") for module in found]
+    rooms = {[*p, "__init__"][1] for p in parts if p[0] == "keras_drmad"}
+    installed = {p[0] for p in parts if p[0] != "keras_drmad"}
+    return rooms, installed - set(sys.stdlib_module_names)
+
+
+def reached(name: str) -> set[str]:
+    """The rooms that a room depends on, directly or through others."""
+    found: set[str] = set()
+    new = {name}
+    while new:
+        new = set().union(*(imports(room)[0] for room in new)) - found
+        found |= new
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_room_imports_what_it_may(name):
+    assert name in ROOMS, f"{name}.py is a new room: say in the table what it may import"
+    for found, allowed in zip(imports(name), ROOMS[name].split("|"), strict=True):
+        forbidden = found - set(allowed.split())
+        assert not forbidden, f"{name}.py may not import {sorted(forbidden)}"
+
+
+def test_the_table_names_only_rooms_that_exist():
+    assert set(ROOMS) == set(NAMES)
+
+
+def test_no_room_depends_on_itself():
+    assert not [name for name in NAMES if name in reached(name)]
+
+
+@pytest.mark.parametrize(
+    "name, never",
+    [
+        ("reverse", {"base_optimizer", "callback", "optimizers", "outer", "recorder", "reports"}),
+        ("estimator", {"callback", "checks", "fidelity", "outer", "reports"}),
+        ("optimizers", {"callback", "estimator", "recorder", "reverse", "trajectories"}),
+        ("reports", {"curvature", "estimator", "recorder", "reverse", "trajectories"}),
+        ("tensorboard", {"callback", "curvature", "estimator", "recorder", "reverse"}),
+        ("plots", {"callback", "curvature", "estimator", "recorder", "reverse"}),
+    ],
+)
+def test_nor_through_another_room(name, never):
+    assert not reached(name) & never
