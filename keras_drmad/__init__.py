@@ -1,9 +1,9 @@
 """Hyperparameters tuned by gradient while `model.fit` runs."""
 
 from keras_drmad import optimizers as optimizers
-from keras_drmad import rules as rules
 from keras_drmad import plots as plots
 from keras_drmad import reports as reports
+from keras_drmad import rules as rules
 from keras_drmad import tensorboard as tensorboard
 from keras_drmad import trajectories as trajectories
 from keras_drmad.callback import DrMADCallback as DrMADCallback

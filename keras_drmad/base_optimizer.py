@@ -353,8 +353,11 @@ class Optimizer(keras.optimizers.Optimizer):
                 self._trainable_variables[i].assign(weights[i])
                 for slot, value in zip(self._slots[i], slots[i], strict=True):
                     slot.assign(value)
-        self._position.assign_add(1)
-        self._iterations.assign_add(1)
+        # TensorFlow counts a step even where the batch turns out to be missing (the end of an epoch
+        # of unknown length), unless the counting waits for what is made of the batch.
+        with tf.control_dependencies([g for g in gradients if g is not None]):
+            self._position.assign_add(1)
+            self._iterations.assign_add(1)
 
     def fixed_learning_rate(self) -> tf.Tensor:
         """The scalar learning rate at this step, which counts where it is not tuned."""

@@ -130,4 +130,5 @@ def get(domain: str | tuple[float, float]) -> Domain:
 
 
 def _is_end(end: Any) -> bool:
-    return isinstance(end, Real) and not isinstance(end, bool) and abs(float(end)) <= LARGEST
+    # Compared before any conversion: an int may be too large for a float.
+    return isinstance(end, Real) and not isinstance(end, bool) and abs(end) <= LARGEST

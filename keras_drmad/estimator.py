@@ -56,8 +56,8 @@ class Setting:
 
     def __str__(self) -> str:
         parts = [self.trajectory.name, self.curvature]
-        parts += [f"{n} {v}" for n, v in (("window", self.window),
-                                          ("visiting", self.reverse_steps)) if v is not None]  # fmt: skip
+        amounts = (("window", self.window), ("visiting", self.reverse_steps))
+        parts += [f"{name} {value}" for name, value in amounts if value is not None]
         return ", ".join(parts)
 
 
@@ -293,7 +293,7 @@ class Estimator:
         return self._loops[curvature]
 
     def _draws_by_xla(self) -> bool:
-        """Whether `fit` draws dropout masks in code compiled by XLA: elsewhere a seed gives others."""
+        """Whether `fit` draws dropout masks by XLA: the same seed gives others elsewhere."""
         model = self.model
         return bool(model.jit_compile and not model.run_eagerly and seed_variables(model))
 

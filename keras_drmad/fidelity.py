@@ -15,7 +15,6 @@ import keras
 import numpy as np
 
 from keras_drmad.estimator import Estimator, Hypergradients, Setting
-from keras_drmad.objectives import OuterLoss
 from keras_drmad.trajectories import Linear, Piecewise, Replay
 
 

@@ -2,14 +2,15 @@
 
 import collections
 import functools
+import itertools
 
+import fits
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
 
-import fits
 import keras_drmad as kd
 from keras_drmad import batches as packing
 
@@ -46,7 +47,7 @@ def forever(*arrays):
             yield tuple(a[i : i + BATCH] for a in arrays)
 
 
-def net(head=layers.Dense(fits.CLASSES), inputs=None):
+def net(inputs=None):
     """One net of two inputs' worth of features, however they come in."""
     if inputs is None:
         inputs = keras.Input((5,))
@@ -149,7 +150,7 @@ def test_class_weights_are_sample_weights():
 
 def test_weights_matter():
     found = [of_arrays(kind).history[-1].outer_loss for kind in ("plain", "weighted", "by class")]
-    assert min(abs(a - b) for a, b in zip(found, found[1:], strict=False)) > 1e-4
+    assert min(abs(a - b) for a, b in itertools.pairwise(found)) > 1e-4
 
 
 def test_dropped_remainder():
@@ -414,5 +415,5 @@ def test_without_a_named_length_a_schedule_is_refused():
         net(), optimizer=fits.optimizer(learning_rate=kd.Hyperparameter(0.1, over="step"))
     )
     dataset = INPUTS["dataset of unknown length"]()["x"]
-    with pytest.raises(ValueError, match="`learning_rate` has a schedule.*Pass `steps_per_epoch`"):
+    with pytest.raises(ValueError, match=r"`learning_rate` has a schedule.*Pass `steps_per_epoch`"):
         model.fit(dataset, verbose=0, callbacks=[fits.callback((HYPER_X, HYPER_Y))])

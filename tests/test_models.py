@@ -1,12 +1,11 @@
 """Whatever models Keras users build: each is followed exactly, and left as `fit` leaves it."""
 
+import fits
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers
 
-import fits
 import keras_drmad as kd
 
 BATCH = 6
@@ -457,5 +456,5 @@ def test_fresh_weights_need_a_clone():
 def test_fresh_weights_need_initializers_that_draw():
     drawn_once = keras.initializers.GlorotUniform(seed=1)
     model = keras.Sequential([keras.Input((5,)), layers.Dense(3, kernel_initializer=drawn_once)])
-    with pytest.raises(ValueError, match="restart='fresh'.*same weights.*`seed`"):
+    with pytest.raises(ValueError, match=r"restart='fresh'.*same weights.*`seed`"):
         restarted("fresh", model)

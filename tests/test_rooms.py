@@ -56,7 +56,7 @@ ROOMS = {
     # Wiring: both may import every room below them.
     "callback": (
         "checks curvature estimator fidelity hyper_data normalization objectives outer "
-        "recorder reports restart tensorboard trajectories | keras"
+        "recorder reports restart saving tensorboard trajectories | keras"
     ),
     "verify": (
         "callback checks estimator fidelity hyper_data objectives outer reports trajectories "
