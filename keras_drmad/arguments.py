@@ -9,7 +9,12 @@ from typing import Any
 
 import keras
 
-from keras_drmad.hyperparameters import Hyperparameter, check_layer_names, matches
+from keras_drmad.hyperparameters import (
+    Hyperparameter,
+    check_initial,
+    check_layer_names,
+    matches,
+)
 
 Value = float | Hyperparameter
 Argument = Value | dict[str, Value]
@@ -46,6 +51,8 @@ def checked(name: str, value: Any, domain: Domain) -> Any:
 
 def _number(name: str, value: Any, domain: Domain) -> Value:
     if isinstance(value, Hyperparameter):
+        if value.domain is None:
+            check_initial(value, domain, name)
         return value
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
         if not (hasattr(value, "dtype") and getattr(value, "shape", None) == ()):

@@ -12,12 +12,13 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.initializers import Constant
 
 from keras_drmad import arguments as args
-from keras_drmad import export, rules
+from keras_drmad import export, places, rules, saving
 from keras_drmad.arguments import Argument
-from keras_drmad.hyperparameters import Group, Hyperparameter, Place, Use, layout
-from keras_drmad.saving import RunState
+from keras_drmad.hyperparameters import Group, Hyperparameter
+from keras_drmad.schedules import block_of, resampled, within_horizon
 
 # What stands around every rule: nothing where it is zero.
 _COMMON = ("l1", "l2", "weight_decay")
@@ -69,13 +70,7 @@ class Optimizer(keras.optimizers.Optimizer):
             raise ValueError(f"The rule's {sorted(missing)} are not among the `arguments`.")
         if penalize is not None and not callable(penalize):
             raise TypeError(f"`penalize` is a function of a variable. Received: {penalize!r}")
-        norms = dict(clipnorm=clipnorm, clipvalue=clipvalue, global_clipnorm=global_clipnorm)
-        # As in Keras, a norm of 0 is no clipping.
-        clipping = {key: norm for key, norm in norms.items() if norm is not None and norm != 0}
-        if len(clipping) > 1:
-            raise ValueError(f"At most one gradient clipping can be set. Received: {clipping}")
-        if _is_divided(clipping.get("global_clipnorm")):
-            raise ValueError("`global_clipnorm` is one value for all variables: per='model'.")
+        clipping = places.clipping_of(clipnorm, clipvalue, global_clipnorm)
         arguments = {
             **arguments,
             "weight_decay": 0.0 if weight_decay is None else weight_decay,
@@ -88,7 +83,7 @@ class Optimizer(keras.optimizers.Optimizer):
             for key, value in arguments.items()
         }
         super().__init__(
-            learning_rate=_first_rate(arguments["learning_rate"]),
+            learning_rate=places.first_rate(arguments["learning_rate"]),
             name=name,
             **{key: arguments[key] for key in clipping if isinstance(arguments[key], float)},
         )
@@ -97,9 +92,10 @@ class Optimizer(keras.optimizers.Optimizer):
         self._arguments = arguments
         self._horizon = (0, 0)  # epochs, steps; 0 before it is known
         self._groups: tuple[Group, ...] = ()
-        self._places: tuple[dict[str, Place], ...] = ()
-        self._constants: tuple[dict[str, float], ...] = ()
-        self._run_state = RunState()
+        self._places: places.Places = ()
+        self._constants: places.Constants = ()
+        self._tuning_state = saving.TuningState(self)
+        self._hide_from_checkpoints(_variables=self._variables)
 
     # What is tuned ---------------------------------------------------------------------------
 
@@ -143,6 +139,11 @@ class Optimizer(keras.optimizers.Optimizer):
         """Epochs and steps that schedules over time stretch over; zeros before it is known."""
         return self._horizon
 
+    @property
+    def in_use(self) -> bool:
+        """Whether graphs may hold on to the variables (False before the first step)."""
+        return self._tuning_state.in_use
+
     def set_horizon(self, epochs: int, steps: int) -> bool:
         """Stretch the schedules over a horizon.
 
@@ -166,12 +167,13 @@ class Optimizer(keras.optimizers.Optimizer):
             return False
         old = [keras.ops.convert_to_numpy(raw) for raw in self._raw]
         position = int(self._position)
-        self._drop_tuned_variables()
+        # All of them, so that the order of `variables`, by which Keras saves, stays the same.
+        for variable in (*self._raw, self._position, self._horizon_steps):
+            self._untrack_variable(variable)
         self._add_tuned_variables()
         self._position.assign(position)
         for raw, before, count in zip(self._raw, old, blocks, strict=True):
-            # Each new block takes the value of the old block in which it begins.
-            raw.assign(before[[i * len(before) // count for i in range(count)]])
+            raw.assign(resampled(before, count))
         return True
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
@@ -179,57 +181,26 @@ class Optimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         variables = list(variables)
-        layers, names = layer_names([_path(v) for v in variables])
-        penalize = self.penalize or _penalized_by_default
-        penalized = [bool(penalize(v)) for v in variables]
-        everywhere = [True] * len(variables)
-        acts = {
-            **dict.fromkeys(self._arguments, everywhere),
-            "l1": penalized,
-            "l2": penalized,
-            "weight_decay": [self._use_weight_decay(v) for v in variables],
-        }
-        uses: dict[tuple[str, int], Use] = {}
-        constants: list[dict[str, float]] = [{} for _ in variables]
-        for name, argument in self._arguments.items():
-            for i, (pattern, value) in enumerate(args.at_layers(name, argument, layers)):
-                if isinstance(value, Hyperparameter):
-                    domain = self.rule.arguments.get(name, "positive")
-                    nowhere = [False] * len(variables)
-                    use = Use(name, value, domain, nowhere, pattern)
-                    use = uses.setdefault((name, id(value)), use)
-                    use.acts[i] = acts[name][i]
-                elif isinstance(value, float) and acts[name][i]:
-                    constants[i][name] = value
-        groups, places = layout(
-            list(uses.values()),
-            layers,
-            names,
-            [tuple(v.shape) for v in variables],
-            [v.dtype for v in variables],
+        self._groups, self._places, self._constants = places.lay_out(
+            self._arguments, self.rule.arguments, variables, self.penalize, self._use_weight_decay
         )
-        self._groups, self._places, self._constants = tuple(groups), tuple(places), tuple(constants)
         super().build(variables)
         self._slots = [
             [
-                self.add_variable_from_reference(
-                    v, name=slot, initializer=keras.initializers.Constant(self.rule.initial_slot)
-                )
+                self.add_variable_from_reference(v, slot, Constant(self.rule.initial_slot))
                 for slot in self.rule.slots
             ]
             for v in variables
         ]
         self._add_tuned_variables()
-        if self._run_state.until_built is not None:
-            self._load(self._run_state.until_built)
-            self._run_state.until_built = None
+        self._tuning_state.after_build()
 
     def _add_tuned_variables(self) -> None:
         epochs, steps = self.horizon
-        self._raw = [
+        raw = [
             self.add_variable(
                 shape=(group.spec.blocks(epochs, steps), *group.shape),
-                initializer=keras.initializers.Constant(group.domain.raw(group.initial)),
+                initializer=Constant(group.domain.raw(group.initial)),
                 dtype=group.dtype,
                 name="_".join((group.argument, group.key, group.variable or ""))
                 .strip("_")
@@ -237,15 +208,16 @@ class Optimizer(keras.optimizers.Optimizer):
             )
             for group in self.groups
         ]
-        self._position = self.add_variable((), dtype="int64", name="position")
-        self._horizon_steps = self.add_variable(
-            (), keras.initializers.Constant(steps), dtype="int64", name="horizon_steps"
-        )
+        position = self.add_variable((), dtype="int64", name="position")
+        steps = self.add_variable((), Constant(steps), dtype="int64", name="horizon_steps")
+        # `TuningState` saves these: a checkpoint would hold on to variables of one shape.
+        self._hide_from_checkpoints(_raw=raw, _position=position, _horizon_steps=steps)
 
-    def _drop_tuned_variables(self) -> None:
-        # All of them, so that the order of `variables`, by which Keras saves, stays the same.
-        for variable in (*self._raw, self._position, self._horizon_steps):
-            self._untrack_variable(variable)
+    def _hide_from_checkpoints(self, **attributes: Any) -> None:
+        for name, value in attributes.items():
+            if name in vars(self):
+                delattr(self, name)  # TensorFlow's note of it as well
+            self.__dict__[name] = value
 
     # The update ------------------------------------------------------------------------------
 
@@ -259,13 +231,11 @@ class Optimizer(keras.optimizers.Optimizer):
     def values_at(self, position: tf.Tensor) -> list[tf.Tensor]:
         """The values of every group at a step of the horizon, in the user's units."""
         steps = tf.convert_to_tensor(self._horizon_steps.value)
-        # Beyond the horizon a schedule begins again.
-        position = tf.math.floormod(position, tf.maximum(steps, 1))
+        position = within_horizon(position, steps)
         values = []
         for group, raw in zip(self.groups, self._raw, strict=True):
-            raw = tf.convert_to_tensor(raw.value)
             at = block_of(position, raw.shape[0], steps)
-            values.append(group.domain.value(tf.gather(raw, at)))
+            values.append(group.domain.value(tf.gather(tf.convert_to_tensor(raw.value), at)))
         return values
 
     def pure_update(
@@ -318,7 +288,6 @@ class Optimizer(keras.optimizers.Optimizer):
 
     def apply(self, grads, trainable_variables=None) -> None:
         """Update the variables by their gradients (called by `model.fit`)."""
-        self._run_state.in_use = True
         grads = list(grads)
         if not grads:
             return
@@ -331,7 +300,9 @@ class Optimizer(keras.optimizers.Optimizer):
             trainable_variables = self._trainable_variables
         trainable_variables = list(trainable_variables)
         if not self.built:
-            self.build(trainable_variables)
+            with tf.init_scope():  # what was loaded is assigned now, not at each step of a graph
+                self.build(trainable_variables)
+        self._tuning_state.in_use = True
         self._check_variables_are_known(trainable_variables)
         grads, trainable_variables = self._filter_empty_gradients(grads, trainable_variables)
         gradients: list[tf.Tensor | None] = [None] * len(self._trainable_variables)
@@ -373,8 +344,11 @@ class Optimizer(keras.optimizers.Optimizer):
     @property
     def learning_rate(self):
         """The learning rate; where it is tuned or a dictionary, the mean of it at this step."""
-        if not self._rate_is_ours or not self.built:
+        if not self._rate_is_ours:
             return self._get_current_learning_rate()
+        if not self.built:
+            # A copy: what is assigned to Keras's own variable would be of no effect.
+            return tf.identity(self._get_current_learning_rate())
         wanted = {p["learning_rate"].group for p in self._places if "learning_rate" in p}
         values = self.values_at(tf.convert_to_tensor(self._position.value))
         flat = [tf.reshape(tf.cast(values[i], "float32"), [-1]) for i in sorted(wanted)]
@@ -415,64 +389,23 @@ class Optimizer(keras.optimizers.Optimizer):
         Args:
             run: An object with `get_state() -> dict` of names to arrays, and `set_state(dict)`.
         """
-        self._run_state.attach(run)
+        self._tuning_state.attach(run)
 
     def detach(self) -> None:
         """The run has come to its end: what is loaded from now on is for the next one."""
-        self._run_state.detach()
+        self._tuning_state.detach()
 
     def forget_run(self) -> None:
-        """Drop the state of a loaded tuning run, so that the next callback begins a new one.
-
-        The hyperparameters stay as they are.
-        """
-        self._run_state.deserialize(b"")
+        """Drop a loaded tuning run: the next callback begins a new one with the values of now."""
+        self._tuning_state.forget_run()
 
     def save_own_variables(self, store: Any) -> None:
-        super().save_own_variables(store)
-        store["horizon"] = np.asarray(self.horizon, "int64")
-        store["run"] = np.frombuffer(self._run_state.serialize(), "uint8")
+        variables = {str(i): variable for i, variable in enumerate(self.variables)}
+        for key, array in self._tuning_state.saved(variables).items():
+            store[key] = array
 
     def load_own_variables(self, store: Any) -> None:
-        saved = {key: np.array(store[key]) for key in store.keys()}
-        if self.built:
-            self._load(saved)
-        else:
-            self._run_state.until_built = saved
-
-    def _load(self, saved: dict[str, np.ndarray]) -> None:
-        """Take over what `save_own_variables` stored, or raise; Keras would skip it and warn."""
-        if "horizon" not in saved:
-            raise ValueError(
-                f"The file does not hold the state of a keras_drmad optimizer, but {self.name} is "
-                "one. To take over the model's weights only, load them before `compile`."
-            )
-        horizon = tuple(int(n) for n in saved["horizon"])
-        blocks = [group.spec.blocks(*horizon) for group in self.groups]
-        if self._run_state.in_use and blocks != [raw.shape[0] for raw in self._raw]:
-            raise ValueError(
-                f"The file was saved with a horizon of {horizon[0]} epochs and {horizon[1]} "
-                f"steps, here it is {self.horizon[0]} and {self.horizon[1]}. Load it into a newly "
-                "compiled model."
-            )
-        self.set_horizon(*horizon)
-        arrays = [saved.get(str(i)) for i in range(len(self.variables))]
-        wanted = [tuple(v.shape) for v in self.variables]
-        found = [None if a is None else a.shape for a in arrays]
-        if found != wanted or str(len(wanted)) in saved:
-            wrong = [
-                f"{v.path}: expected {shape}, found {other}"
-                for v, shape, other in zip(self.variables, wanted, found, strict=True)
-                if shape != other
-            ]
-            raise ValueError(
-                f"The file holds other optimizer variables than {self.name} has. It was saved with "
-                "other arguments, or another model. "
-                + ("; ".join(wrong[:5]) or f"It holds more than {len(wanted)}.")
-            )
-        for variable, array in zip(self.variables, arrays, strict=True):
-            variable.assign(array)
-        self._run_state.deserialize(saved["run"].tobytes())
+        self._tuning_state.load({key: np.array(store[key]) for key in store.keys()})
 
     def get_config(self) -> dict[str, Any]:
         config = {
@@ -493,53 +426,3 @@ class Optimizer(keras.optimizers.Optimizer):
         optimizer = cls(**config)
         optimizer.set_horizon(*horizon)
         return optimizer
-
-
-def block_of(position: tf.Tensor, blocks: int, steps: tf.Tensor) -> tf.Tensor:
-    """The block of a schedule of so many blocks in which a step of the horizon lies."""
-    at = tf.math.floordiv(position * blocks, tf.maximum(steps, 1))
-    return tf.clip_by_value(at, 0, blocks - 1)
-
-
-def layer_names(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The layers' paths and the variables' own names, from the variables' paths.
-
-    What all layers share at the front (the model's name) is left out; two layers of one path are
-    told apart by a number.
-    """
-    parts = [path.split("/") for path in paths]
-    folders = [tuple(p[:-1]) or (p[-1],) for p in parts]
-    names = [p[-1] for p in parts]
-    while folders and all(len(f) > 1 and f[0] == folders[0][0] for f in folders):
-        folders = [f[1:] for f in folders]
-    seen: dict[tuple[str, str], int] = {}
-    layers = []
-    for folder, name in zip(folders, names, strict=True):
-        layer = "/".join(folder)
-        count = seen[layer, name] = seen.get((layer, name), -1) + 1
-        layers.append(f"{layer}#{count}" if count else layer)
-    return layers, names
-
-
-def _path(variable: Any) -> str:
-    return getattr(variable, "path", None) or variable.name.split(":")[0]
-
-
-def _first_rate(argument: Any) -> Any:
-    """What Keras's own variable of the learning rate starts from."""
-    while isinstance(argument, (Hyperparameter, dict)):
-        if isinstance(argument, dict):
-            argument = next(iter(argument.values()))
-        else:
-            argument = argument.initial
-    return argument
-
-
-def _is_divided(argument: Any) -> bool:
-    return isinstance(argument, dict) or (
-        isinstance(argument, Hyperparameter) and argument.per != "model"
-    )
-
-
-def _penalized_by_default(variable: keras.Variable) -> bool:
-    return len(variable.shape) >= 2

@@ -12,12 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
+import tensorflow as tf
 
-from keras_drmad import checks, outer, saving, tensorboard, trajectories
+from keras_drmad import checks, outer, sample_weights, saving, tensorboard, trajectories
 from keras_drmad import curvature as curvatures
 from keras_drmad import hyper_data as data_of
+from keras_drmad import initial_scale as scales
 from keras_drmad.estimator import Amount, Estimator, Hypergradients, Setting
 from keras_drmad.fidelity import Auto, Fixed
+from keras_drmad.hyperparameters import Group, Hyperparameter
 from keras_drmad.normalization import uncorrected_layers
 from keras_drmad.objectives import OuterLoss, get_loss, seed_variables, trace
 from keras_drmad.recorder import unhook
@@ -75,7 +79,11 @@ class DrMADCallback(keras.callbacks.Callback):
         max_batches: How many training batches are kept where the path is not exact. Defaults to
             `None`: one epoch's worth.
         variables: Non-trainable `keras.Variable`s of the model or its loss to tune as well, or
-            pairs `(variable, domain)`; the domain is `"real"` where none is given.
+            pairs `(variable, domain)`; the domain is `"real"` where none is given. Or layers and
+            losses of `kd.layers`, `kd.losses`, `kd.SampleWeights`, with their own variables and
+            domains (see `kd.tunable`).
+        initial_scale: A `Hyperparameter` by which the initial weights are multiplied, tuned in the
+            domain `"positive"`; with `restart` only. Defaults to `None`.
         max_step: No raw value moves farther in one update. Defaults to 1.0, a factor of e for a
             positive value.
         outer_loss: A `keras.losses.Loss` or its name, measured on the hyper data instead of the
@@ -105,6 +113,7 @@ class DrMADCallback(keras.callbacks.Callback):
         reverse_steps: Amount = None,
         max_batches: int | None = None,
         variables: Sequence[Any] = (),
+        initial_scale: Hyperparameter | None = None,
         max_step: float = 1.0,
         outer_loss: str | keras.losses.Loss | None = None,
         hyper_batch_size: int = 1024,
@@ -112,27 +121,30 @@ class DrMADCallback(keras.callbacks.Callback):
         log_dir: str | os.PathLike | tensorboard.Writer | None = None,
     ):
         super().__init__()
-        if not any(restart is known for known in (True, False)) and restart != "fresh":
+        if not isinstance(restart, (bool, str)) or restart not in (True, False, "fresh"):
             raise ValueError(f"`restart` is False, True or 'fresh'. Received: restart={restart!r}")
         if curvature is not None:
             curvatures.get(curvature)
         if not isinstance(jit_compile, bool):
-            raise TypeError(f"`jit_compile` is True or False. Received: jit_compile={jit_compile}")
+            raise TypeError(
+                f"`jit_compile` is True or False. Received: jit_compile={jit_compile!r}"
+            )
         batch_size = checks.positive_int(hyper_batch_size, "hyper_batch_size")
         self.hyper_data = data_of.batches_of(hyper_data, batch_size)
         self.outer_optimizer = outer.get(outer_optimizer)
         self.horizon = checks.positive_int(horizon, "horizon")
         self.restart = restart
-        self.trajectory = "auto" if trajectory == "auto" else trajectories.get(trajectory)
+        is_auto = isinstance(trajectory, str) and trajectory == "auto"
+        self.trajectory = trajectory if is_auto else trajectories.get(trajectory)
         self.curvature = curvature
         self.window = checks.step_amount(window, "window")
         self.reverse_steps = checks.step_amount(reverse_steps, "reverse_steps")
-        if self.trajectory == "auto" and (window, reverse_steps) != (None, None):
+        if is_auto and (window, reverse_steps) != (None, None):
             raise ValueError(
                 "`window` and `reverse_steps` are chosen by trajectory='auto'. Name a trajectory "
                 "to set them."
             )
-        if self.trajectory == "auto" and curvature == "gauss_newton":
+        if is_auto and curvature == "gauss_newton":
             raise ValueError(
                 "trajectory='auto' measures against the exact curvature. Name a trajectory to set "
                 "curvature='gauss_newton'."
@@ -144,10 +156,21 @@ class DrMADCallback(keras.callbacks.Callback):
         ):
             if value is not None:
                 checks.positive_int(value, argument)
+        if is_auto and verify_every is not None:
+            raise ValueError(
+                "`verify_every` is for a named trajectory: 'auto' measures by itself. Leave it out."
+            )
+        if not is_auto and memory_limit is not None:
+            raise ValueError(
+                "`memory_limit` bounds what trajectory='auto' chooses. Received: memory_limit="
+                f"{memory_limit} with trajectory={trajectory!r}. Bound that by `window` and "
+                "`max_batches` instead."
+            )
         self.max_batches, self.memory_limit = max_batches, memory_limit
         self.verify_every = verify_every
         self.fidelity = checks.fraction(fidelity, "fidelity")
         self.variables = outer.tuned_variables(variables)
+        self._scale = scales.checked(initial_scale, restart, window)
         self.max_step = checks.positive_float(max_step, "max_step")
         self.outer_loss = get_loss(outer_loss)
         self.jit_compile = jit_compile
@@ -167,19 +190,20 @@ class DrMADCallback(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        checks.check_model_and_optimizer(model, self._tuned_variables)
+        scaled = self._scale is not None and self._scale.spec.tunable
+        checks.check_model_and_optimizer(model, self._tuned_variables, scaled)
         unhook(model)
 
     def on_train_begin(self, logs=None) -> None:
         model, optimizer = self.model, self.model.optimizer
         steps = self.params.get("steps")
         checks.check_horizon(optimizer, steps)
+        if optimizer.built:
+            checks.check_trained_variables(model)
         self._steps = None if steps is None else steps * self.horizon
         if optimizer.set_horizon(self.horizon, self._steps or 0):
             # What was traced before holds on to variables that were replaced.
             model.make_train_function(force=True)
-        if optimizer.built:
-            checks.check_trained_variables(model)
         key = (model, optimizer, model.train_function)
         if self._key is None or any(a is not b for a, b in zip(key, self._key, strict=True)):
             if self._key is None or self._key[0] is not model:
@@ -197,7 +221,8 @@ class DrMADCallback(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs=None) -> None:
         if self._epochs_recorded == 0:
             if self.model.optimizer.built:
-                # BackupAndRestore may have built and loaded it only now.
+                # BackupAndRestore may have built and loaded it only now, with its horizon.
+                self.model.optimizer.set_horizon(self.horizon, self._steps or 0)
                 self.model.optimizer.attach(self)
             self._begin_horizon()
 
@@ -257,35 +282,56 @@ class DrMADCallback(keras.callbacks.Callback):
         print(table(self._labels(), self._values(), self.history, by_layer))
 
     def restore_first_weights(self) -> None:
-        """Set model and optimizer back to where the first horizon started (with `restart`)."""
+        """Set model and optimizer back to where the first horizon started (with `restart`).
+
+        What is tuned stays as it is; the weights are those first ones times `initial_scale`.
+        """
         if self._start is not None:
-            self._start.restore()
+            self._go_to(self._start, fresh=False)
 
     # The horizon -----------------------------------------------------------------------------
 
     def _begin_horizon(self) -> None:
-        if self._start is not None and self.restart == "fresh" and self.history:
-            self._start.restore_with_new_weights(self.model)
-        elif self._start is not None and self.restart is True:
-            self._start.restore()
+        again = self.restart is True or (self.restart == "fresh" and (self.history or self._scale))
+        if self._start is not None and again:
+            self._go_to(self._start, fresh=self.restart == "fresh")
         if self.model.optimizer.built:
             self.model.optimizer.position.assign(0)
         self._estimator.begin(self._steps, self._method.settings())
+
+    def _go_to(self, start: Start, fresh: bool) -> None:
+        """Set everything back but what is tuned, and scale the initial weights."""
+        tuned = [(v, tf.identity(v.value)) for v in self._tuned_variables]
+        if fresh:
+            start.restore_with_new_weights(self.model)
+        else:
+            start.restore()
+        for variable, value in tuned:
+            variable.assign(value)  # a weight of a layer, it may be part of what was set back
+        if self._scale is not None:
+            self._scale.apply(self.model)
 
     def _before_first_step(self, spec: Any) -> None:
         """Build what Keras would build in its first trace, and look at the data's form."""
         model = self.model
         if not model.built:
             trace(model, spec)
-        data_of.check_against(spec, data_of.element_spec(self.hyper_data), model)
+        hyper_spec = data_of.element_spec(self.hyper_data)
+        data_of.check_against(spec, hyper_spec, model)
+        sample_weights.check_use(model, hyper_spec)
+        checks.check_trainable(model)
+        for curvature in self._method.curvatures:
+            checks.check_curvature(model, curvature)
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
             model.optimizer.attach(self)
-            if self._start is not None and self.restart is True:
-                self._start.restore()  # it came with a checkpoint, after the horizon had begun
+            if self._start is not None:  # it came with a checkpoint, in this horizon
+                self._go_to(self._start, fresh=self.restart == "fresh")
         checks.check_trained_variables(model)
         if self.restart and self._start is None:
             self._start = Start(model)
+            if self._scale is not None:
+                self._scale.apply(model)
 
     def _method_for(self, max_batches: int | None) -> Fixed | Auto:
         """How hypergradients are to be estimated: by what was asked, or by measuring."""
@@ -293,7 +339,8 @@ class DrMADCallback(keras.callbacks.Callback):
             # Where the Hessian is wrong, differences of gradients are the exact way.
             smooth = not uncorrected_layers(self.model)
             exact = self.curvature or ("hessian" if smooth else "finite_difference")
-            return Auto(self.fidelity, self.memory_limit, max_batches, exact)
+            whole = self._scale is not None  # its gradient is known at the first step alone
+            return Auto(self.fidelity, self.memory_limit, max_batches, exact, whole)
         default = "hessian" if self.trajectory.exact else "gauss_newton"
         setting = Setting(
             self.trajectory,
@@ -302,14 +349,14 @@ class DrMADCallback(keras.callbacks.Callback):
             self.reverse_steps,
             max_batches,
         )
-        return Fixed(setting, self.verify_every)
+        differences = setting.curvature == "finite_difference"
+        return Fixed(setting, self.verify_every, "finite_difference" if differences else "hessian")
 
     def _update(self, epoch: int) -> Record:
         optimizer, estimator = self.model.optimizer, self._estimator
         self._look_at_data(estimator.recorder)
         trained_with = self._values()
         estimator.finish(self._outer_loss)
-        self._steps_done += estimator.steps
         before = str(self._method.chosen)
         what = f"Update {len(self.history) + 1}: walking back"
         estimator.progress = Progress(what, self.params.get("verbose", 0))
@@ -320,7 +367,12 @@ class DrMADCallback(keras.callbacks.Callback):
         if str(self._method.chosen) != before:
             self._say(f"DrMAD: {self._method.chosen}: {self._method.why}.")
         reason = estimate.problem or self._move(estimate)
-        hypergradients = [*estimate.values, *(h[None] for h in estimate.tuned)]
+        self._steps_done += estimator.steps
+        hypergradients = [
+            *estimate.values,
+            *self._by_scale(estimate),
+            *(h[None] for h in estimate.tuned),
+        ]
         record = Record(
             outer_loss=estimate.outer_loss,
             hyperparameters=nested(self._labels(), trained_with),
@@ -338,6 +390,12 @@ class DrMADCallback(keras.callbacks.Callback):
             setting=str(self._method.chosen),
             labels=tuple(self._labels()),
         )
+        for variable, h in zip(self._tuned_variables, estimate.tuned, strict=True):
+            if not reason and not np.any(h):
+                self._warn_once(
+                    f"The hypergradient of {variable.path} is exactly zero: nothing that was "
+                    "trained or measured depends on it. Is it part of this model or its loss?"
+                )
         if reason:
             self._warn_once(f"An update of the hyperparameters was skipped: {reason}.")
         if estimate.fallback:
@@ -354,33 +412,39 @@ class DrMADCallback(keras.callbacks.Callback):
         return record
 
     def _move(self, estimate: Hypergradients) -> str:
-        groups = self.model.optimizer.groups
-        by_values = [
-            h for h, group in zip(estimate.values, groups, strict=True) if group.spec.tunable
-        ]
+        by_groups = zip(self._groups(), [*estimate.values, *self._by_scale(estimate)], strict=True)
+        by_values = [h for (_, group), h in by_groups if group.spec.tunable]
         moved = self._moved()
         self.outer_optimizer = outer.built_for(self.outer_optimizer, [t.raw for t in moved])
         return outer.update(
             self.outer_optimizer, moved, [*by_values, *estimate.tuned], self.max_step
         )
 
+    def _groups(self) -> list[tuple[keras.Variable, Group]]:
+        """Raw variables and what they hold: of the optimizer, then of the initial scale."""
+        optimizer, model, scale = self.model.optimizer, self.model, self._scale
+        found = list(zip(optimizer.raw_variables, optimizer.groups, strict=True))
+        if scale is not None:
+            found += zip(scale.raw(model), scale.groups(model), strict=True)
+        return found
+
+    def _by_scale(self, estimate: Hypergradients) -> list[Any]:
+        if self._scale is None:
+            return []
+        return self._scale.hypergradients(self.model, estimate.weights)
+
     def _moved(self) -> list[outer.Tuned]:
         """What the outer optimizer moves."""
-        optimizer = self.model.optimizer
-        pairs = zip(optimizer.raw_variables, optimizer.groups, strict=True)
-        tuned = [outer.Tuned(raw, group.domain) for raw, group in pairs if group.spec.tunable]
+        tuned = [outer.Tuned(raw, g.domain) for raw, g in self._groups() if g.spec.tunable]
         return tuned + self.variables
 
     # What is saved together with the model's optimizer (see `Optimizer.attach`) ---------------
 
     def get_state(self) -> saving.State:
         """What this run needs to go on, beside what Keras saves of model and optimizer."""
-        self._build_outer_optimizer()
-        state = {
-            "history": saving.bytes_of(lambda file: save_history(self.history, file)),
-            **saving.values_of(self.outer_optimizer.variables, "outer_optimizer_"),
-            **saving.values_of(seed_variables(self.model), "seed_"),
-        }
+        state = {"history": saving.bytes_of(lambda file: save_history(self.history, file))}
+        for prefix, variables in self._saved_variables().items():
+            state.update(saving.values_of(variables, prefix))
         if self._start is not None:
             state.update(saving.values_of(self._start.values(), "start_"))
         return saving.with_notes(
@@ -401,15 +465,21 @@ class DrMADCallback(keras.callbacks.Callback):
                 "`model.optimizer.forget_run()` to begin a new run with the hyperparameters as "
                 "they are."
             )
-        self._build_outer_optimizer()
-        saving.assign(self.outer_optimizer.variables, state, "outer_optimizer_")
-        saving.assign(seed_variables(self.model), state, "seed_")
+        # All that can fail comes before all that is assigned.
+        history = load_history(io.BytesIO(state["history"].tobytes()))
+        start = None
         if self.restart and "start_0" in state:
-            self._start = Start(self.model)
-            self._start.set_values(saving.entries(state, "start_"))
-        self.history[:] = load_history(io.BytesIO(state["history"].tobytes()))
-        self._steps_done = notes["steps_done"]
+            start = Start(self.model)
+            start.set_values(saving.entries(state, "start_"))
+        saved = self._saved_variables()
+        for prefix, variables in saved.items():
+            saving.check(variables, state, prefix)
         self._method.set_state(notes["method"])
+        for prefix, variables in saved.items():
+            saving.assign(variables, state, prefix)
+        self.history[:] = history
+        self._start = start or self._start
+        self._steps_done = notes["steps_done"]
         if notes["unfinished"]:
             self._warn_once(
                 f"What was loaded was saved {notes['unfinished']} steps after the last update of "
@@ -419,17 +489,26 @@ class DrMADCallback(keras.callbacks.Callback):
                 "update."
             )
 
-    def _build_outer_optimizer(self) -> None:
+    def _saved_variables(self) -> dict[str, Sequence[keras.Variable]]:
+        """The variables of this run that neither model nor optimizer saves, by prefix."""
         raw = [t.raw for t in self._moved()]
         self.outer_optimizer = outer.built_for(self.outer_optimizer, raw)
         if not self.outer_optimizer.built:
             self.outer_optimizer.build(raw)
+        of_model = {id(v) for v in self.model.variables}
+        return {
+            # Of the loss, say.
+            "variable_": [v for v in self._tuned_variables if id(v) not in of_model],
+            "scale_": [] if self._scale is None else self._scale.raw(self.model),
+            "seed_": seed_variables(self.model),
+            "outer_optimizer_": self.outer_optimizer.variables,
+        }
 
     def _labels(self) -> Sequence[Label]:
         return [
             *(
                 Label(g.argument, g.key, g.variable, g.spec.over != "run", g.spec.per)
-                for g in self.model.optimizer.groups
+                for _, g in self._groups()
             ),
             *(Label(v.path, "model", None, False) for v in self._tuned_variables),
         ]
@@ -440,13 +519,15 @@ class DrMADCallback(keras.callbacks.Callback):
 
     def _values(self) -> list[Any]:
         """The current values, in the order of the labels."""
-        values = self.model.optimizer.values()
-        return [*values, *(v.value[None] for v in self._tuned_variables)]
+        scales_now = [] if self._scale is None else self._scale.values(self.model)
+        of_variables = (v.value[None] for v in self._tuned_variables)
+        return [*self.model.optimizer.values(), *scales_now, *of_variables]
 
     def _look_at_data(self, recorder: Any) -> None:
         """Say once what is kept, and whether the hyper data is the training data."""
         if self.history:
             return
+        sample_weights.check_indices(self.model, recorder.batches)
         log.info(
             "Recorded %d steps: %d batches and what is kept of the states, %.1f MB.",
             recorder.steps,

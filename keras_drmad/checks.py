@@ -11,20 +11,39 @@ import keras
 
 from keras_drmad.normalization import uncorrected_layers
 from keras_drmad.optimizers import Optimizer
+from keras_drmad.tunable import losses_in
 
 
-def check_model_and_optimizer(model: keras.Model, variables: Sequence[keras.Variable] = ()) -> None:
+def check_model_and_optimizer(
+    model: keras.Model, variables: Sequence[keras.Variable] = (), scaled: bool = False
+) -> None:
     """Refuse a model that can't be tuned.
+
+    Args:
+        model: The model.
+        variables: Variables of the model or its loss that are tuned.
+        scaled: Whether the scale of the initial weights is tuned.
 
     Raises:
         TypeError, ValueError: naming what is not supported and what to do instead.
     """
-    optimizer = model.optimizer
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            f"keras_drmad needs Keras on TensorFlow. Received: the backend "
+            f"{keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow "
+            "before keras is imported."
+        )
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        raise ValueError(
+            f"The model {model.name!r} has no optimizer. Compile it first, for example with "
+            "keras_drmad.optimizers.SGD(learning_rate=keras_drmad.Hyperparameter(0.01))."
+        )
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
-            "mixed_float16 is not supported: its loss scaling skips updates that the reverse pass "
-            "would have to know of. Use keras.mixed_precision.set_global_policy('mixed_bfloat16') "
-            "or float32."
+            "mixed_float16 is not supported: its loss scaling (LossScaleOptimizer) skips updates "
+            "that the reverse pass would have to know of. Use "
+            "keras.mixed_precision.set_global_policy('mixed_bfloat16') or float32."
         )
     if not isinstance(optimizer, Optimizer):
         name = type(optimizer).__name__
@@ -40,10 +59,13 @@ def check_model_and_optimizer(model: keras.Model, variables: Sequence[keras.Vari
                 f"{variable.path} in `variables` is a trainable weight of the model. Create it "
                 "with trainable=False: it is tuned on the hyper data, not trained."
             )
-    if not variables and not any(spec.tunable for _, spec in optimizer.hyperparameters):
+    tuned = any(spec.tunable for _, spec in optimizer.hyperparameters)
+    if not (variables or scaled or tuned):
         raise ValueError(
-            "There is nothing to tune: no argument of the optimizer is a tunable Hyperparameter. "
-            "For example: keras_drmad.optimizers.SGD(learning_rate=kd.Hyperparameter(0.01))."
+            "There is nothing to tune: no argument of the optimizer is a tunable Hyperparameter, "
+            f"and `variables` is empty. Received: {type(optimizer).__name__} with "
+            f"{optimizer.arguments}. Pass one, for example "
+            "keras_drmad.optimizers.SGD(learning_rate=keras_drmad.Hyperparameter(0.01))."
         )
     if model.steps_per_execution != 1:
         raise ValueError(
@@ -55,8 +77,18 @@ def check_model_and_optimizer(model: keras.Model, variables: Sequence[keras.Vari
             f"{type(model).__name__} has a `train_step` of its own, which the reverse pass can't "
             "know. Override `compute_loss` instead, which it uses."
         )
-    if model.distribute_strategy.num_replicas_in_sync > 1:
-        raise ValueError("Training on several replicas (tf.distribute) is not supported.")
+    made_by = getattr(model.make_train_function, "__func__", None)
+    if made_by is not keras.Model.make_train_function:
+        raise ValueError(
+            f"{type(model).__name__} has a `make_train_function` of its own, which would be passed "
+            "over while steps are recorded. Leave it out, and override `compute_loss` instead."
+        )
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    if replicas > 1:
+        raise ValueError(
+            "Training on several replicas (tf.distribute) is not supported. Received: a strategy "
+            f"of {replicas} replicas. Make and compile the model outside of its scope."
+        )
 
 
 def check_horizon(optimizer: Optimizer, steps: int | None) -> None:
@@ -73,6 +105,19 @@ def check_horizon(optimizer: Optimizer, steps: int | None) -> None:
                 "`fit`, or use data of known length "
                 "(dataset.apply(tf.data.experimental.assert_cardinality(n)))."
             )
+
+
+def check_trainable(model: keras.Model) -> None:
+    """Refuse a built model that has nothing to train.
+
+    Raises:
+        ValueError: if so.
+    """
+    if not model.trainable_variables:
+        raise ValueError(
+            f"The model {model.name!r} has no trainable variables, so no hyperparameter has an "
+            "effect on it. Set `trainable = True` on a layer, and compile the model again."
+        )
 
 
 def check_trained_variables(model: keras.Model) -> None:
@@ -138,8 +183,11 @@ def check_curvature(model: keras.Model, curvature: str) -> None:
             f"curvature={curvature!r} is wrong or missing for {', '.join(named)}: TensorFlow does "
             "not differentiate the gradient of these layers. Use curvature='finite_difference'."
         )
-    losses = [keras.losses.get(x) for x in keras.tree.flatten(getattr(model, "loss", None)) if x]
-    if any(isinstance(loss, keras.losses.CTC) or loss is keras.losses.ctc for loss in losses):
+    compiled = getattr(model, "loss", None)
+    losses = [keras.losses.get(x) for x in keras.tree.flatten(compiled) if x]
+    losses += losses_in(compiled)  # also wrapped ones
+    ctc = (keras.losses.CTC, keras.losses.ctc)
+    if any(isinstance(x, ctc[0]) or ctc[1] in (x, getattr(x, "function", None)) for x in losses):
         raise ValueError(
             f"The second derivative of keras.losses.CTC is not a number, and curvature="
             f"{curvature!r} needs it. Use curvature='finite_difference'."

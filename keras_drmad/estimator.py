@@ -256,9 +256,12 @@ class Estimator:
                             # On a reconstructed path it is the negative curvature that explodes.
                             setting.trajectory.restore(segment)
                             again = dataclasses.replace(setting, curvature="gauss_newton")
-                            return dataclasses.replace(
-                                self.walk(again, marks), fallback=setting.curvature
-                            )
+                            try:
+                                return dataclasses.replace(
+                                    self.walk(again, marks), fallback=setting.curvature
+                                )
+                            except LookupError:
+                                pass  # TensorFlow has no second derivative of a layer
                         return result(
                             lost, f"the adjoint exploded {self.steps - lost} steps before the end"
                         )

@@ -86,6 +86,12 @@ class Fixed:
         self._updates = 0
         self.why = "as asked"
 
+    @property
+    def curvatures(self) -> list[str]:
+        """Those that must be right for the model."""
+        verified = [] if self._every is None else [self._exact.curvature]
+        return [self.chosen.curvature, *verified]
+
     def settings(self) -> list[Setting]:
         """With what the next run is to be recorded."""
         return [self.chosen, self._exact] if self._due() else [self.chosen]
@@ -129,6 +135,8 @@ class Auto:
         fidelity: The cosine with the exact hypergradient that is aimed at.
         memory_limit: Bytes that what is kept of a run may take, or None.
         max_batches: How many batches are kept where the path is not exact.
+        exact_curvature: The curvature of the exact walk.
+        whole: Whether every walk must reach the first step.
     """
 
     WINDOWS = (0.125, 0.25, 0.5)
@@ -143,8 +151,10 @@ class Auto:
         memory_limit: int | None = None,
         max_batches: int | None = None,
         exact_curvature: str = "hessian",
+        whole: bool = False,
     ):
         self.fidelity, self.memory_limit = fidelity, memory_limit
+        self._windows = () if whole else self.WINDOWS
         self.wanted = fidelity + 0.25 * (1.0 - fidelity)
         self._max_batches = max_batches
         self._exact = Setting(Replay(), exact_curvature)
@@ -160,6 +170,11 @@ class Auto:
         self._measured_at: tuple[float, float] | None = None
 
     # What the callback asks ----------------------------------------------------------------------
+
+    @property
+    def curvatures(self) -> list[str]:
+        """Those that must be right for the model: what is measured against it need not be."""
+        return [self._exact.curvature]
 
     def settings(self) -> list[Setting]:
         """With what the next run is to be recorded."""
@@ -188,7 +203,7 @@ class Auto:
                 if moved > math.log(self.MOVED):
                     self._since = self._interval
             return estimator.walk(self.chosen), None
-        marks = sorted({round(window * estimator.steps) for window in self.WINDOWS} - {0})
+        marks = sorted({round(window * estimator.steps) for window in self._windows} - {0})
         exact = estimator.walk(self._exact, marks)
         if exact.problem:
             # Nothing to measure against: the update is refused, and the next run is measured.
@@ -232,7 +247,10 @@ class Auto:
         nearest: tuple[float, Setting, dict[str, Agreement]] | None = None
         full_cost = _cost_per_step(self._exact) * exact.steps
         for setting in [self._exact, *self._candidates]:
-            walked = exact if setting is self._exact else estimator.walk(setting)
+            try:
+                walked = exact if setting is self._exact else estimator.walk(setting)
+            except LookupError:
+                continue  # TensorFlow has no second derivative of a layer
             # A shorter window is an option where the path is exact; a straight line over it would
             # be another line than the one measured.
             for result in [*(walked.marks if setting is self._exact else ()), walked]:

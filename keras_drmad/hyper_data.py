@@ -30,6 +30,8 @@ def batches_of(data: Any, batch_size: int) -> Iterable[Any]:
         cardinality = int(data.cardinality())
         if cardinality == 0:
             raise ValueError("`hyper_data` is empty: the outer loss needs at least one example.")
+        if cardinality == tf.data.UNKNOWN_CARDINALITY and next(iter(data), None) is None:
+            raise ValueError("`hyper_data` is empty: the dataset gave no batch.")
         if cardinality == tf.data.INFINITE_CARDINALITY:
             raise ValueError(
                 "`hyper_data` never ends. Pass a finite dataset, for example data.take(100)."
@@ -49,7 +51,8 @@ def element_spec(batches: Iterable[Any]) -> Any:
     if isinstance(batches, tf.data.Dataset):
         return batches.element_spec
     return keras.tree.map_structure(
-        lambda x: tf.TensorSpec([None, *x.shape[1:]], x.dtype), next(iter(batches))
+        lambda x: None if x is None else tf.TensorSpec([None, *x.shape[1:]], x.dtype),
+        next(iter(batches)),
     )
 
 
@@ -89,6 +92,13 @@ def check_against(training: Any, hyper: Any, model: keras.Model) -> None:
                 f"Expected {_shapes(expected)}, received {_shapes(given)} (the first dimension is "
                 "the batch). Prepare the hyper data as the training data."
             )
+        for key in expected:
+            if (expected[key].dtype == tf.string) != (given[key].dtype == tf.string):
+                raise ValueError(
+                    f"The {what} of `hyper_data` differ from those that the model trains on. "
+                    f"Expected {expected[key].dtype.name}, received {given[key].dtype.name}. "
+                    "Prepare the hyper data as the training data."
+                )
 
 
 def _takes(model: keras.Model, batch: Any) -> bool:
@@ -116,15 +126,28 @@ class _Indexed:
 
     def __iter__(self) -> Iterator[Any]:
         for i in range(self._data.num_batches):
-            yield keras.tree.map_structure(tf.convert_to_tensor, self._data[i])
+            batch = keras.tree.map_structure(
+                lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), self._data[i]
+            )
+            arrays = [leaf for leaf in keras.tree.flatten(batch) if leaf is not None]
+            lengths = {len(array) for array in arrays if array.shape.rank}
+            if len(lengths) > 1:
+                raise ValueError(
+                    f"The arrays in batch {i} of the `hyper_data` have different numbers of "
+                    f"examples: {sorted(lengths)}. Return as many targets as inputs."
+                )
+            yield batch
 
 
 def _dataset(data: tuple, batch_size: int) -> tf.data.Dataset:
     arrays = keras.tree.map_structure(_array, data)
+    if arrays[0] is None:
+        raise TypeError(f"`hyper_data` is {_FORMS}. Received: None for x")
     lengths = {len(array) for array in keras.tree.flatten(arrays) if array is not None}
     if len(lengths) != 1:
         raise ValueError(
-            f"The arrays of `hyper_data` have different numbers of examples: {sorted(lengths)}."
+            f"The arrays of `hyper_data` have different numbers of examples: {sorted(lengths)}. "
+            "Pass as many targets (and weights) as inputs."
         )
     if lengths == {0}:
         raise ValueError("`hyper_data` is empty: the outer loss needs at least one example.")
@@ -144,15 +167,16 @@ def _array(leaf: Any) -> Any:
             raise TypeError
     except (TypeError, ValueError):
         raise TypeError(f"`hyper_data` is {_FORMS}. Received: {_describe(leaf)}") from None
-    if isinstance(array, np.ndarray) and array.dtype.kind == "f":
-        if not np.isfinite(array).all():
-            raise ValueError(
-                "`hyper_data` holds NaN or infinite numbers. Clean it first: no hyperparameter "
-                "can be tuned on a loss that is not finite."
-            )
-        if array.dtype == np.float64:
-            # As `fit` does with its arrays.
-            array = array.astype(keras.config.floatx())
+    is_tensor = isinstance(array, tf.Tensor)
+    floating = array.dtype.is_floating if is_tensor else array.dtype.kind == "f"
+    if floating and not bool(tf.reduce_all(tf.math.is_finite(array))):
+        raise ValueError(
+            "`hyper_data` holds NaN or infinite numbers. Clean it first: no hyperparameter can be "
+            "tuned on a loss that is not finite."
+        )
+    if not is_tensor and array.dtype == np.float64:
+        # As `fit` does with its arrays.
+        array = array.astype(keras.config.floatx())
     return array
 
 

@@ -179,6 +179,16 @@ def _check_inside(value: float, domain: domains.Domain, argument: str) -> None:
         )
 
 
+def check_initial(spec: Hyperparameter, domain: str | tuple[float, float], argument: str) -> None:
+    """Refuse a `Hyperparameter` with an initial value outside of the domain of an argument.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for value in spec._initial_values():
+        _check_inside(value, domains.get(domain), argument)
+
+
 @dataclass(frozen=True)
 class Group:
     """Values of one hyperparameter that are tuned as one array: say, a layer's neurons."""

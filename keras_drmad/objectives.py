@@ -14,6 +14,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_drmad.tunable import mark_of
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -122,7 +124,9 @@ class OuterLoss:
         variables = self.weights + self.tuned
         with tf.GradientTape() as tape:
             tape.watch(values)
-            mapping = list(zip(variables, values, strict=True))
+            mapping = [
+                (v, _in_outer_loss(v, value)) for v, value in zip(variables, values, strict=True)
+            ]
             with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
                 predicted = _call(self.model, x, training=False)
                 loss = self._loss_of(x, y, predicted, sample_weight)
@@ -144,6 +148,13 @@ class OuterLoss:
         return _compute_loss(self.model, x, y, predicted, sample_weight, training=False)
 
 
+def _in_outer_loss(variable: keras.Variable, value: tf.Tensor) -> tf.Tensor:
+    """What a variable is taken for: its value, or what it is marked with (a weight of the loss)."""
+    fixed = mark_of(variable).in_outer_loss
+    return value if fixed is None else tf.cast(tf.fill(tf.shape(value), fixed), value.dtype)
+
+
+@keras.saving.register_keras_serializable(package="keras_drmad")
 class _OfFunction(keras.losses.Loss):
     """The mean of a function of targets and predictions, such as Keras has for a loss's name."""
 
@@ -152,20 +163,35 @@ class _OfFunction(keras.losses.Loss):
         self.function = function
 
     def call(self, y_true, y_pred):
+        if y_pred.shape[-1] == 1 and len(y_true.shape) == len(y_pred.shape) - 1:
+            y_true = y_true[..., None]  # as in Keras's own losses; it would broadcast otherwise
         return self.function(y_true, y_pred)
 
+    def get_config(self) -> dict[str, Any]:
+        return {"function": keras.saving.serialize_keras_object(self.function)}
 
-def get_loss(loss: Any) -> keras.losses.Loss | None:
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> _OfFunction:
+        return cls(keras.saving.deserialize_keras_object(config["function"]))
+
+
+def get_loss(loss: Any, argument: str = "outer_loss") -> keras.losses.Loss | None:
     """A loss from itself, its name, or a function of targets and predictions; None is none.
+
+    Args:
+        loss: What was passed.
+        argument: As what it was passed, for error messages.
 
     Raises:
         ValueError: for anything else.
     """
     try:
+        if isinstance(loss, type):  # Keras lets a class pass for a function
+            raise TypeError
         found = keras.losses.get(loss)
     except (TypeError, ValueError):
         raise ValueError(
-            f"`outer_loss` is a keras.losses.Loss or its name. Received: outer_loss={loss!r}"
+            f"`{argument}` is a keras.losses.Loss or its name. Received: {argument}={loss!r}"
         ) from None
     return found if found is None or isinstance(found, keras.losses.Loss) else _OfFunction(found)
 

@@ -16,8 +16,8 @@ from keras_drmad import arguments as args
 from keras_drmad import rules
 from keras_drmad.arguments import Argument
 from keras_drmad.base_optimizer import Optimizer as Optimizer
-from keras_drmad.base_optimizer import block_of as block_of
 from keras_drmad.hyperparameters import Hyperparameter
+from keras_drmad.schedules import block_of as block_of
 
 
 @keras.saving.register_keras_serializable(package="keras_drmad")

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_drmad import domains
+from keras_drmad.tunable import mark_of, marked_in
 
 # What an optimizer that is given by name steps by, in raw units: about 10 % of a positive value.
 NAMED_LEARNING_RATE = 0.1
@@ -29,19 +30,24 @@ def tuned_variables(variables: Sequence[Any]) -> list[Tuned]:
     """Variables of a model or a loss, each with a raw variable beside it.
 
     Args:
-        variables: `keras.Variable`s, or pairs of one and its domain.
+        variables: `keras.Variable`s, or pairs of one and its domain; or layers, losses and models,
+            for the variables in them that are marked by `tunable`.
 
     Raises:
         TypeError, ValueError: for what is no floating variable, appears twice, or holds a value
             outside of its domain.
     """
+    if not isinstance(variables, Sequence) or isinstance(variables, str):
+        raise TypeError(
+            "`variables` is a list of keras.Variables or pairs (keras.Variable, domain), or of "
+            f"layers and losses of keras_drmad. Received: variables={variables!r}"
+        )
     result: list[Tuned] = []
-    for entry in variables:
-        variable, domain = entry if isinstance(entry, (tuple, list)) else (entry, "real")
+    for variable, domain in (pair for entry in variables for pair in _pairs(entry)):
         if not isinstance(variable, keras.Variable):
             raise TypeError(
-                "`variables` holds keras.Variables or pairs (keras.Variable, domain). Received: "
-                f"{entry!r}"
+                "`variables` holds keras.Variables or pairs (keras.Variable, domain), or layers "
+                f"and losses of keras_drmad. Received: {variable!r}"
             )
         if not keras.backend.is_float_dtype(variable.dtype):
             raise TypeError(
@@ -49,6 +55,11 @@ def tuned_variables(variables: Sequence[Any]) -> list[Tuned]:
             )
         if any(t.target is variable for t in result):
             raise ValueError(f"{variable.path} stands in `variables` twice.")
+        if any(t.target is not None and t.target.path == variable.path for t in result):
+            raise ValueError(
+                f"Two of the `variables` are called {variable.path!r}, and records name them by "
+                "that. Give one of them, or its layer or loss, another `name`."
+            )
         known = domains.get(domain)
         values = keras.ops.convert_to_numpy(variable)
         outside = [v for v in np.ravel(values).tolist() if not known.contains(v)]
@@ -61,6 +72,22 @@ def tuned_variables(variables: Sequence[Any]) -> list[Tuned]:
                              name=f"{variable.name}_raw")  # fmt: skip
         result.append(Tuned(raw, known, variable))
     return result
+
+
+def _pairs(entry: Any) -> list[tuple[Any, Any]]:
+    """An entry of `variables` as pairs of variable and domain."""
+    if isinstance(entry, (tuple, list)) and len(entry) == 2:
+        return [(entry[0], entry[1])]
+    if not isinstance(entry, (keras.layers.Layer, keras.losses.Loss)):
+        return [(entry, mark_of(entry).domain)]
+    found = marked_in(entry)
+    if not found:
+        raise ValueError(
+            f"{type(entry).__name__} {entry.name!r} in `variables` has no variable to tune: none "
+            "is marked by keras_drmad.tunable, or the layer is not built yet (give the model an "
+            "Input). Pass the variable itself, or a pair (variable, domain)."
+        )
+    return [(variable, mark_of(variable).domain) for variable in found]
 
 
 def _set_raw(tuned: Tuned) -> None:

@@ -72,6 +72,7 @@ class Recorder:
         """
         model = self.model
         if isinstance(model.train_function, _StandIn) and not model.train_function.stale:
+            unhook(model)
             raise ValueError(
                 "Two DrMADCallbacks are in one `fit`. Pass one: it can tune every "
                 "Hyperparameter of the optimizer and `variables` of the model at once."

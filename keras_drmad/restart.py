@@ -38,7 +38,7 @@ class Start:
                 f"shapes {expected}, found {found}."
             )
         self._saved = [
-            (v, tf.convert_to_tensor(new, v.dtype))
+            (v, tf.cast(new, v.dtype))  # bfloat16 was saved as float32
             for (v, _), new in zip(self._saved, values, strict=True)
         ]
 

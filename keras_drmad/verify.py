@@ -191,6 +191,10 @@ class _Comparison:
         self._exact = Setting(Stored(), curvature)
         self._ends = Setting(Linear(), curvature)
 
+    @property
+    def curvatures(self) -> list[str]:
+        return [setting.curvature for setting in self.settings()]
+
     def settings(self) -> list[Setting]:
         return [self.chosen, self._exact, self._ends]
 

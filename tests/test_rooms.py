@@ -19,16 +19,24 @@ ROOMS = {
     "hyperparameters": "domains | keras numpy",
     "rules": "| tensorflow",
     "arguments": "hyperparameters | keras",
-    "saving": "hyperparameters | keras numpy tensorflow",
-    "export": "| keras",
-    "base_optimizer": "arguments export hyperparameters rules saving | keras numpy tensorflow",
-    "optimizers": (
-        "arguments base_optimizer export hyperparameters rules saving | keras numpy tensorflow"
+    "places": "arguments hyperparameters | keras",
+    "schedules": "| keras numpy tensorflow",
+    "saving": "| keras numpy tensorflow",
+    "export": "schedules | keras numpy",
+    "base_optimizer": (
+        "arguments export hyperparameters places rules saving schedules | keras numpy tensorflow"
     ),
+    "hyperparameter_files": "base_optimizer hyperparameters saving | keras numpy",
+    "optimizers": "arguments base_optimizer hyperparameters rules schedules | keras tensorflow",
     "trajectories": "| tensorflow",
     "batches": "| keras tensorflow",
     "normalization": "| keras tensorflow",
-    "objectives": "| keras tensorflow",
+    "tunable": "| keras",
+    "layers": "domains tunable | keras",
+    "objectives": "tunable | keras tensorflow",
+    "losses": "domains objectives tunable | keras numpy",
+    "sample_weights": "losses tunable | keras numpy tensorflow",
+    "initial_scale": "hyperparameters places | keras numpy tensorflow",
     "recorder": "batches objectives trajectories | keras tensorflow",
     "curvature": "normalization objectives | tensorflow",
     "reverse": "batches curvature rules trajectories | tensorflow",
@@ -39,9 +47,10 @@ ROOMS = {
     "fidelity": "estimator objectives trajectories | keras numpy",
     "restart": "objectives | keras tensorflow",
     "hyper_data": "objectives | keras numpy tensorflow",
-    "outer": "domains | keras numpy tensorflow",
+    "outer": "domains tunable | keras numpy tensorflow",
     "checks": (
-        "base_optimizer curvature hyperparameters normalization objectives optimizers | keras"
+        "base_optimizer curvature hyperparameters normalization objectives optimizers tunable "
+        "| keras"
     ),
     "layer_calls": "| keras numpy tensorflow",
     "derivatives": "curvature normalization objectives | numpy tensorflow",
@@ -55,8 +64,9 @@ ROOMS = {
     "plots": "reports | numpy matplotlib",
     # Wiring: both may import every room below them.
     "callback": (
-        "checks curvature estimator fidelity hyper_data normalization objectives outer "
-        "recorder reports restart saving tensorboard trajectories | keras"
+        "checks curvature estimator fidelity hyper_data hyperparameters initial_scale "
+        "normalization objectives outer recorder reports restart sample_weights saving "
+        "tensorboard trajectories | keras numpy tensorflow"
     ),
     "verify": (
         "callback checks estimator fidelity hyper_data objectives outer reports trajectories "

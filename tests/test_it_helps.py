@@ -1,0 +1,85 @@
+"""On real data, from a poor start, tuning lowers the outer loss and the test error."""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+import keras_drmad as kd
+
+pytestmark = pytest.mark.slow
+
+DATA = Path(__file__).parent.parent / "examples" / "data"
+TRAIN, HYPER, TEST = slice(0, 300), slice(300, 1000), slice(1000, None)
+UPDATES = 20
+
+
+@pytest.fixture(scope="module")
+def digits():
+    parts = [
+        tfds.as_numpy(
+            tfds.load("digits", data_dir=DATA, split=split, as_supervised=True, batch_size=-1)
+        )
+        for split in ("train", "test")
+    ]
+    x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return x.reshape(-1, 64).astype("float32") / 16, y
+
+
+def too_low_a_rate():
+    # A tenth of what serves this net well.
+    return kd.optimizers.SGD(kd.Hyperparameter(0.01, per="layer", over="step"), momentum=0.9)
+
+
+def no_penalty():
+    return kd.optimizers.SGD(0.05, momentum=0.9, l2=kd.Hyperparameter(1e-6, per="layer"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "optimizer, first_weights, epochs, outer_step",
+    [
+        (too_low_a_rate, 0.15, 10, 0.1),
+        # First weights so large that the net memorises unless it is penalised.
+        (no_penalty, 0.6, 40, 1.0),
+    ],
+    ids=["learning rate", "l2"],
+)
+def test_twenty_updates_help(digits, optimizer, first_weights, epochs, outer_step, seed):
+    x, y = digits
+    keras.utils.set_random_seed(seed)
+
+    def dense(units, activation=None):
+        first = keras.initializers.RandomNormal(stddev=first_weights)
+        return keras.layers.Dense(units, activation, kernel_initializer=first)
+
+    model = keras.Sequential([keras.Input((64,)), dense(50, "tanh"), dense(50, "tanh"), dense(10)])
+    model.compile(
+        optimizer(),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=False,
+    )
+    callback = kd.DrMADCallback(
+        (x[HYPER], y[HYPER]),
+        outer_optimizer=keras.optimizers.Adam(outer_step),
+        horizon=epochs,
+        restart=True,
+    )
+
+    def train_and_test(horizons):
+        model.fit(
+            x[TRAIN], y[TRAIN], 50, epochs * horizons, verbose=0, callbacks=[callback]
+        )  # fmt: skip
+        return 1.0 - model.evaluate(x[TEST], y[TEST], 1000, verbose=0)[1]
+
+    # The first horizon is trained with what it starts from, the last with twenty updates.
+    untuned = train_and_test(1)
+    tuned = train_and_test(UPDATES)
+    losses = [record.outer_loss for record in callback.history]
+    assert len(losses) == UPDATES + 1
+    assert all(record.accepted for record in callback.history)
+    assert losses[-1] <= 0.75 * losses[0]
+    assert tuned < untuned
