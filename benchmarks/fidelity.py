@@ -4,14 +4,20 @@ Every row trains one net once, with batches, seeds and states recorded, and then
 back by every setting. Truth is the exact replay with the Hessian. Printed and written as JSON:
 cosine, sign agreement and norm ratio per kind of hyperparameter, seconds and bytes.
 
-    python benchmarks/fidelity.py --rows digits --data-dir DIR --out out/fidelity.json
+    python benchmarks/fidelity.py --rows digits                      # measure, and print tables
+    python benchmarks/fidelity.py --only digits-sgd-500 --seeds 1    # one row of them
+    python benchmarks/fidelity.py --tables                           # of what was measured
+    python benchmarks/fidelity.py --figure docs/images/fidelity.png
 
-MNIST and CIFAR-10 are read with `tfds.load(..., data_dir=DIR)`; the digits are embedded.
+What is measured is merged into docs/results/fidelity.json, by row and seed. MNIST and CIFAR-10 are
+read with `tfds.load(..., data_dir=DIR)`; the digits are embedded.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -23,8 +29,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import keras_drmad as kd
-from keras_drmad.estimator import Estimator, Hypergradients, Setting
-from keras_drmad.fidelity import Auto
+from keras_drmad.estimator import Estimator, Hypergradients, Setting, amount
+from keras_drmad.fidelity import Auto, _cost_per_step
 from keras_drmad.hyper_data import batches_of
 from keras_drmad.objectives import OuterLoss
 from keras_drmad.trajectories import Linear, Piecewise, Replay
@@ -32,6 +38,7 @@ from keras_drmad.trajectories import Linear, Piecewise, Replay
 HERE = pathlib.Path(__file__).resolve().parent
 L2 = math.exp(-6.0)
 KINDS = ("l2/weight", "l2/input", "l2/neuron", "l2/layer", "rate/layer", "rate/step", "momentum")
+DRAWN = ("l2/weight", "l2/input", "rate/layer", "rate/step")
 
 # net, optimizer, steps, learning rate, remark
 ROWS = {
@@ -56,6 +63,11 @@ ROWS = {
 }
 
 
+def row_name(row) -> str:
+    return "-".join(map(str, row[:4]))
+
+
+@functools.cache
 def data(name: str, folder: str | None):
     """Training and hyper images and labels of a net."""
     if name == "digits":
@@ -192,26 +204,31 @@ def dial() -> dict[str, Setting]:
 
 
 def measure(row, seed: int, folder) -> list[dict]:
+    """Every setting on one run, beside the exact way."""
     settings = dial()
     exact = Setting(Replay(), "hessian")
-    model, estimator, fit_seconds = recorded(row, seed, folder, True, [exact, *settings.values()])
+    model, estimator, _ = recorded(row, seed, folder, True, [exact, *settings.values()])
     steps = row[2]
     truth = estimator.walk(exact, [steps // 8, steps // 4, steps // 2])
     reference = kinds(model, truth)
     lines = []
 
-    def line(name: str, found: Hypergradients, setting: Setting | None) -> None:
+    def line(name: str, found: Hypergradients, setting: Setting) -> None:
         arrays = kinds(model, found)
+        visited = amount(setting.reverse_steps, found.steps)
+        window = None if found.steps == steps else found.steps
         lines.append({
-            "net": row[0], "rule": row[1], "steps": steps, "rate": row[3], "remark": row[4],
-            "seed": seed, "setting": name, "seconds": found.seconds, "fit_seconds": fit_seconds,
-            "exact_seconds": truth.seconds, "problem": found.problem, "fallback": found.fallback,
-            "bytes": None if setting is None else estimator.nbytes(setting),
+            "row": row_name(row), "seed": seed, "setting": name, "problem": found.problem,
+            "fallback": found.fallback,
+            # In training steps per step of the run, by the arithmetic that `auto` uses.
+            "cost": _cost_per_step(setting) * visited / steps,
+            "bytes": estimator.nbytes(dataclasses.replace(setting, window=window)),
             "kinds": {k: compare(arrays[k], b) for k, b in reference.items() if k in arrays},
         })  # fmt: skip
 
+    line("replay, Hessian", truth, exact)
     for mark in truth.marks:
-        line(f"replay, Hessian, last {mark.steps / steps:.3g}", mark, None)
+        line(f"replay, Hessian, last {mark.steps / steps:.3g}", mark, exact)
     for name, setting in settings.items():
         line(name, estimator.walk(setting), setting)
     estimator.forget()
@@ -222,48 +239,121 @@ def measure_auto(row, seed: int, folder) -> dict:
     """What "auto" chooses for L2 per input unit and learning rates per layer."""
     auto = Auto(fidelity=0.9)
     _, estimator, _ = recorded(row, seed, folder, False, auto.settings())
-    started = time.perf_counter()
     exact, found = auto.hypergradients(estimator, 1.0, 1.0)
-    seconds = time.perf_counter() - started
     estimator.forget()
     return {
-        "net": row[0], "rule": row[1], "steps": row[2], "rate": row[3], "remark": row[4],
-        "seed": seed, "chosen": str(auto.chosen), "why": auto.why, "measuring_seconds": seconds,
-        "exact_seconds": exact.seconds, "outer_loss": exact.outer_loss, "problem": exact.problem,
+        "row": row_name(row), "seed": seed, "chosen": str(auto.chosen), "why": auto.why,
+        "cost": amount(auto.chosen.window, row[2]) / row[2] * _cost_per_step(auto.chosen),
+        "outer_loss": exact.outer_loss, "problem": exact.problem,
         "cosines": {} if found is None else {k: a.cosine for k, a in found.items()},
     }  # fmt: skip
+
+
+# What was measured, kept and shown ----------------------------------------------------------------
+
+
+def merged(path: pathlib.Path, lines: list[dict], chosen: list[dict]) -> dict:
+    """Put results into a file, in the place of what was measured on the same rows and seeds."""
+    known = json.loads(path.read_text()) if path.exists() else {"settings": [], "auto": []}
+    for part, new in (("settings", lines), ("auto", chosen)):
+        there = {(x["row"], x["seed"]) for x in new}
+        known[part] = [x for x in known[part] if (x["row"], x["seed"]) not in there] + new
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = ",\n".join(
+        f'"{part}": [\n' + ",\n".join(json.dumps(rounded(x)) for x in known[part]) + "\n]"
+        for part in known
+    )
+    path.write_text("{" + body + "}\n")
+    return known
+
+
+def rounded(x):
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    if isinstance(x, float):
+        return float(f"{x:.4g}") if math.isfinite(x) else None
+    return x
+
+
+def median(values) -> float:
+    known = [math.nan if v is None else v for v in values]
+    return float(np.median(known))
+
+
+def tables(known: dict) -> str:
+    """Markdown: cosine / norm ratio per setting and kind of hyperparameter, a table a row."""
+    text = []
+    for row in dict.fromkeys(x["row"] for x in known["settings"]):
+        here = [x for x in known["settings"] if x["row"] == row]
+        seeds = len({x["seed"] for x in here})
+        shown = [k for k in (*KINDS, "initial weights") if k in here[0]["kinds"]]
+        text += [f"\n{row}, seeds: {seeds}\n", f"| setting | cost | MB | {' | '.join(shown)} |",
+                 "|---" * (len(shown) + 3) + "|"]  # fmt: skip
+        for name in dict.fromkeys(x["setting"] for x in here):
+            same = [x for x in here if x["setting"] == name]
+            cells = []
+            for kind in shown:
+                found = [x["kinds"][kind] for x in same if kind in x["kinds"]]
+                cosine = median(x["cosine"] for x in found)
+                norm = median(x["norm"] for x in found)
+                cells.append(f"{cosine:.3f} / {norm:.2g}" if found else "")
+            cost, size = same[0]["cost"], same[0]["bytes"] / 1e6
+            remark = " (exploded)" if any(x["problem"] or x["fallback"] for x in same) else ""
+            cells = [f"{name}{remark}", f"{cost:.2f}", f"{size:.1f}", *cells]
+            text.append("| " + " | ".join(cells) + " |")
+        for x in known["auto"]:
+            if x["row"] == row:
+                text.append(f"\n`auto`, seed {x['seed']}: {x['chosen']}: {x['why']}")
+    return "\n".join(text)
+
+
+def figure(known: dict) -> object:
+    """Cosine against cost and memory, medians of the seeds, of every row."""
+    groups: dict[tuple, list[dict]] = {}
+    for x in known["settings"]:
+        for kind in DRAWN:
+            if kind in x["kinds"]:
+                groups.setdefault((x["row"], x["setting"], kind), []).append(x)
+    rows = []
+    for (_, setting, kind), same in groups.items():
+        cosine = median(x["kinds"][kind]["cosine"] for x in same)
+        name = "replay, Hessian, last 1/8 to all" if "replay, Hessian" in setting else setting
+        rows.append({"setting": name, "hyperparameter": kind, "cosine": cosine,
+                     "cost": same[0]["cost"], "memory": same[0]["bytes"]})  # fmt: skip
+    return kd.plots.fidelity(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="digits", help="digits, mnist, cifar, or several: a,b")
+    parser.add_argument("--only", default="", help="the start of a row's name: digits-sgd-500")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--out", default="out/fidelity.json")
+    parser.add_argument("--out", default=str(HERE.parent / "docs/results/fidelity.json"))
+    parser.add_argument("--tables", action="store_true", help="only print what was measured")
+    parser.add_argument("--figure", default=None, help="only draw it, into this file")
     arguments = parser.parse_args()
-    lines, chosen = [], []
-    for row in [row for part in arguments.rows.split(",") for row in ROWS[part]]:
-        here = []
+    path = pathlib.Path(arguments.out)
+    if arguments.tables:
+        print(tables(json.loads(path.read_text())))
+        return
+    if arguments.figure:
+        figure(json.loads(path.read_text())).savefig(arguments.figure)
+        return
+    asked = [row for part in arguments.rows.split(",") for row in ROWS[part]]
+    if arguments.only:
+        every = [row for rows in ROWS.values() for row in rows]
+        asked = [row for row in every if f"{row_name(row)}-".startswith(f"{arguments.only}-")]
+    for row in asked:
+        lines, chosen = [], []
         for seed in range(arguments.seeds):
-            here += measure(row, seed, arguments.data_dir)
+            started = time.perf_counter()
+            lines += measure(row, seed, arguments.data_dir)
             chosen.append(measure_auto(row, seed, arguments.data_dir))
+            merged(path, lines, chosen)
             keras.backend.clear_session()
-        lines += here
-        print("\n{} {}, T={}, rate {} {}".format(*row))
-        print(f"{'median of seeds: cosine / norm':<46}" + "".join(f"{k:>18}" for k in KINDS))
-        for name in dict.fromkeys(x["setting"] for x in here):
-            same = [x["kinds"] for x in here if x["setting"] == name]
-            cells = [
-                f"{np.median([x[k]['cosine'] for x in same]):.3f} / "
-                f"{np.median([x[k]['norm'] for x in same]):.2g}"
-                for k in KINDS
-            ]
-            print(f"{name:<46}" + "".join(f"{cell:>18}" for cell in cells))
-        for choice in chosen[-arguments.seeds :]:
-            print(f"  auto: {choice['chosen']}: {choice['why']}", flush=True)
-        out = pathlib.Path(arguments.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"settings": lines, "auto": chosen}, indent=1))
+            print(f"seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+        print(tables({"settings": lines, "auto": chosen}), flush=True)
 
 
 if __name__ == "__main__":

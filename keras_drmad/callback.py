@@ -21,20 +21,13 @@ from keras_drmad import hyper_data as data_of
 from keras_drmad import initial_scale as scales
 from keras_drmad.estimator import Amount, Estimator, Hypergradients, Setting
 from keras_drmad.fidelity import Auto, Fixed
-from keras_drmad.hyperparameters import Group, Hyperparameter
+from keras_drmad.hyperparameters import Hyperparameter
 from keras_drmad.normalization import uncorrected_layers
 from keras_drmad.objectives import OuterLoss, get_loss, seed_variables, trace
 from keras_drmad.recorder import unhook
-from keras_drmad.reports import (
-    Label,
-    Progress,
-    Record,
-    load_history,
-    nested,
-    save_history,
-    table,
-)
+from keras_drmad.reports import Progress, Record, load_history, nested, save_history, table
 from keras_drmad.restart import Start
+from keras_drmad.search_space import SearchSpace
 
 log = logging.getLogger("keras_drmad")
 
@@ -139,16 +132,6 @@ class DrMADCallback(keras.callbacks.Callback):
         self.curvature = curvature
         self.window = checks.step_amount(window, "window")
         self.reverse_steps = checks.step_amount(reverse_steps, "reverse_steps")
-        if is_auto and (window, reverse_steps) != (None, None):
-            raise ValueError(
-                "`window` and `reverse_steps` are chosen by trajectory='auto'. Name a trajectory "
-                "to set them."
-            )
-        if is_auto and curvature == "gauss_newton":
-            raise ValueError(
-                "trajectory='auto' measures against the exact curvature. Name a trajectory to set "
-                "curvature='gauss_newton'."
-            )
         for value, argument in (
             (max_batches, "max_batches"),
             (memory_limit, "memory_limit"),
@@ -156,21 +139,15 @@ class DrMADCallback(keras.callbacks.Callback):
         ):
             if value is not None:
                 checks.positive_int(value, argument)
-        if is_auto and verify_every is not None:
-            raise ValueError(
-                "`verify_every` is for a named trajectory: 'auto' measures by itself. Leave it out."
-            )
-        if not is_auto and memory_limit is not None:
-            raise ValueError(
-                "`memory_limit` bounds what trajectory='auto' chooses. Received: memory_limit="
-                f"{memory_limit} with trajectory={trajectory!r}. Bound that by `window` and "
-                "`max_batches` instead."
-            )
+        checks.check_choice(
+            trajectory, curvature, window, reverse_steps, verify_every, memory_limit
+        )
         self.max_batches, self.memory_limit = max_batches, memory_limit
         self.verify_every = verify_every
         self.fidelity = checks.fraction(fidelity, "fidelity")
         self.variables = outer.tuned_variables(variables)
         self._scale = scales.checked(initial_scale, restart, window)
+        self._space = SearchSpace(self.variables, self._scale)
         self.max_step = checks.positive_float(max_step, "max_step")
         self.outer_loss = get_loss(outer_loss)
         self.jit_compile = jit_compile
@@ -191,7 +168,7 @@ class DrMADCallback(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
         scaled = self._scale is not None and self._scale.spec.tunable
-        checks.check_model_and_optimizer(model, self._tuned_variables, scaled)
+        checks.check_model_and_optimizer(model, self._space.targets, scaled)
         unhook(model)
 
     def on_train_begin(self, logs=None) -> None:
@@ -209,7 +186,7 @@ class DrMADCallback(keras.callbacks.Callback):
             if self._key is None or self._key[0] is not model:
                 self._start = None
             self._key = key
-            tuned = self._tuned_variables
+            tuned = self._space.targets
             self._estimator = Estimator(model, tuned, jit_compile=self.jit_compile)
             self._outer_loss = OuterLoss(model, self.hyper_data, tuned, self.outer_loss)
             self._method = self._method_for(self.max_batches or steps)
@@ -279,7 +256,8 @@ class DrMADCallback(keras.callbacks.Callback):
         """
         if self.model is None or not self.model.optimizer.built:
             raise RuntimeError("There is nothing to sum up before the first `fit`. Call it first.")
-        print(table(self._labels(), self._values(), self.history, by_layer))
+        labels, values = self._space.labels(self.model), self._space.values(self.model)
+        print(table(labels, values, self.history, by_layer))
 
     def restore_first_weights(self) -> None:
         """Set model and optimizer back to where the first horizon started (with `restart`).
@@ -301,7 +279,7 @@ class DrMADCallback(keras.callbacks.Callback):
 
     def _go_to(self, start: Start, fresh: bool) -> None:
         """Set everything back but what is tuned, and scale the initial weights."""
-        tuned = [(v, tf.identity(v.value)) for v in self._tuned_variables]
+        tuned = [(v, tf.identity(v.value)) for v in self._space.targets]
         if fresh:
             start.restore_with_new_weights(self.model)
         else:
@@ -355,7 +333,7 @@ class DrMADCallback(keras.callbacks.Callback):
     def _update(self, epoch: int) -> Record:
         optimizer, estimator = self.model.optimizer, self._estimator
         self._look_at_data(estimator.recorder)
-        trained_with = self._values()
+        trained_with = self._space.values(self.model)
         estimator.finish(self._outer_loss)
         before = str(self._method.chosen)
         what = f"Update {len(self.history) + 1}: walking back"
@@ -368,15 +346,12 @@ class DrMADCallback(keras.callbacks.Callback):
             self._say(f"DrMAD: {self._method.chosen}: {self._method.why}.")
         reason = estimate.problem or self._move(estimate)
         self._steps_done += estimator.steps
-        hypergradients = [
-            *estimate.values,
-            *self._by_scale(estimate),
-            *(h[None] for h in estimate.tuned),
-        ]
+        labels = self._space.labels(self.model)
+        hypergradients = self._space.hypergradients(self.model, estimate)
         record = Record(
             outer_loss=estimate.outer_loss,
-            hyperparameters=nested(self._labels(), trained_with),
-            hypergradients=nested(self._labels(), hypergradients),
+            hyperparameters=nested(labels, trained_with),
+            hypergradients=nested(labels, hypergradients),
             initial_weights_gradient=None
             if estimate.weights is None
             else [g.numpy() for g in estimate.weights],
@@ -388,9 +363,9 @@ class DrMADCallback(keras.callbacks.Callback):
             if agreement is None
             else {name: dataclasses.asdict(found) for name, found in agreement.items()},
             setting=str(self._method.chosen),
-            labels=tuple(self._labels()),
+            labels=tuple(labels),
         )
-        for variable, h in zip(self._tuned_variables, estimate.tuned, strict=True):
+        for variable, h in zip(self._space.targets, estimate.tuned, strict=True):
             if not reason and not np.any(h):
                 self._warn_once(
                     f"The hypergradient of {variable.path} is exactly zero: nothing that was "
@@ -412,31 +387,10 @@ class DrMADCallback(keras.callbacks.Callback):
         return record
 
     def _move(self, estimate: Hypergradients) -> str:
-        by_groups = zip(self._groups(), [*estimate.values, *self._by_scale(estimate)], strict=True)
-        by_values = [h for (_, group), h in by_groups if group.spec.tunable]
-        moved = self._moved()
+        moved = self._space.moved(self.model)
         self.outer_optimizer = outer.built_for(self.outer_optimizer, [t.raw for t in moved])
-        return outer.update(
-            self.outer_optimizer, moved, [*by_values, *estimate.tuned], self.max_step
-        )
-
-    def _groups(self) -> list[tuple[keras.Variable, Group]]:
-        """Raw variables and what they hold: of the optimizer, then of the initial scale."""
-        optimizer, model, scale = self.model.optimizer, self.model, self._scale
-        found = list(zip(optimizer.raw_variables, optimizer.groups, strict=True))
-        if scale is not None:
-            found += zip(scale.raw(model), scale.groups(model), strict=True)
-        return found
-
-    def _by_scale(self, estimate: Hypergradients) -> list[Any]:
-        if self._scale is None:
-            return []
-        return self._scale.hypergradients(self.model, estimate.weights)
-
-    def _moved(self) -> list[outer.Tuned]:
-        """What the outer optimizer moves."""
-        tuned = [outer.Tuned(raw, g.domain) for raw, g in self._groups() if g.spec.tunable]
-        return tuned + self.variables
+        hypergradients = self._space.moved_hypergradients(self.model, estimate)
+        return outer.update(self.outer_optimizer, moved, hypergradients, self.max_step)
 
     # What is saved together with the model's optimizer (see `Optimizer.attach`) ---------------
 
@@ -491,37 +445,18 @@ class DrMADCallback(keras.callbacks.Callback):
 
     def _saved_variables(self) -> dict[str, Sequence[keras.Variable]]:
         """The variables of this run that neither model nor optimizer saves, by prefix."""
-        raw = [t.raw for t in self._moved()]
+        raw = [t.raw for t in self._space.moved(self.model)]
         self.outer_optimizer = outer.built_for(self.outer_optimizer, raw)
         if not self.outer_optimizer.built:
             self.outer_optimizer.build(raw)
         of_model = {id(v) for v in self.model.variables}
         return {
             # Of the loss, say.
-            "variable_": [v for v in self._tuned_variables if id(v) not in of_model],
+            "variable_": [v for v in self._space.targets if id(v) not in of_model],
             "scale_": [] if self._scale is None else self._scale.raw(self.model),
             "seed_": seed_variables(self.model),
             "outer_optimizer_": self.outer_optimizer.variables,
         }
-
-    def _labels(self) -> Sequence[Label]:
-        return [
-            *(
-                Label(g.argument, g.key, g.variable, g.spec.over != "run", g.spec.per)
-                for _, g in self._groups()
-            ),
-            *(Label(v.path, "model", None, False) for v in self._tuned_variables),
-        ]
-
-    @property
-    def _tuned_variables(self) -> list[keras.Variable]:
-        return [tuned.target for tuned in self.variables if tuned.target is not None]
-
-    def _values(self) -> list[Any]:
-        """The current values, in the order of the labels."""
-        scales_now = [] if self._scale is None else self._scale.values(self.model)
-        of_variables = (v.value[None] for v in self._tuned_variables)
-        return [*self.model.optimizer.values(), *scales_now, *of_variables]
 
     def _look_at_data(self, recorder: Any) -> None:
         """Say once what is kept, and whether the hyper data is the training data."""

@@ -194,6 +194,42 @@ def check_curvature(model: keras.Model, curvature: str) -> None:
         )
 
 
+def check_choice(
+    trajectory: Any,
+    curvature: str | None,
+    window: Any,
+    reverse_steps: Any,
+    verify_every: int | None,
+    memory_limit: int | None,
+) -> None:
+    """Refuse arguments of the callback that say two things at once.
+
+    Raises:
+        ValueError: naming the argument that would have no effect.
+    """
+    is_auto = isinstance(trajectory, str) and trajectory == "auto"
+    if is_auto and (window, reverse_steps) != (None, None):
+        raise ValueError(
+            "`window` and `reverse_steps` are chosen by trajectory='auto'. Name a trajectory "
+            "to set them."
+        )
+    if is_auto and curvature == "gauss_newton":
+        raise ValueError(
+            "trajectory='auto' measures against the exact curvature. Name a trajectory to set "
+            "curvature='gauss_newton'."
+        )
+    if is_auto and verify_every is not None:
+        raise ValueError(
+            "`verify_every` is for a named trajectory: 'auto' measures by itself. Leave it out."
+        )
+    if not is_auto and memory_limit is not None:
+        raise ValueError(
+            "`memory_limit` bounds what trajectory='auto' chooses. Received: memory_limit="
+            f"{memory_limit} with trajectory={trajectory!r}. Bound that by `window` and "
+            "`max_batches` instead."
+        )
+
+
 def _names(layers: Sequence[keras.layers.Layer]) -> str:
     return ", ".join(layer.name for layer in layers)
 

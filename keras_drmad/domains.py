@@ -130,5 +130,7 @@ def get(domain: str | tuple[float, float]) -> Domain:
 
 
 def _is_end(end: Any) -> bool:
-    # Compared before any conversion: an int may be too large for a float.
-    return isinstance(end, Real) and not isinstance(end, bool) and abs(end) <= LARGEST
+    if not isinstance(end, Real) or isinstance(end, bool):
+        return False
+    size: Any = abs(end)  # not converted: an int may be too large for a float
+    return bool(size <= LARGEST)

@@ -62,11 +62,12 @@ ROOMS = {
     "reports": "| keras numpy",
     "tensorboard": "reports | numpy tensorflow tensorboard",
     "plots": "reports | numpy matplotlib",
+    "search_space": "estimator hyperparameters initial_scale outer reports | keras",
     # Wiring: both may import every room below them.
     "callback": (
         "checks curvature estimator fidelity hyper_data hyperparameters initial_scale "
         "normalization objectives outer recorder reports restart sample_weights saving "
-        "tensorboard trajectories | keras numpy tensorflow"
+        "search_space tensorboard trajectories | keras numpy tensorflow"
     ),
     "verify": (
         "callback checks estimator fidelity hyper_data objectives outer reports trajectories "
