@@ -22,6 +22,7 @@ import json
 import math
 import pathlib
 import time
+from unittest import mock
 
 import keras
 import numpy as np
@@ -29,11 +30,12 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import keras_drmad as kd
-from keras_drmad.estimator import Estimator, Hypergradients, Setting, amount
+from keras_drmad import curvature
+from keras_drmad.estimator import GROWTH_LIMIT, Estimator, Hypergradients, Setting, amount
 from keras_drmad.fidelity import Auto, _cost_per_step
 from keras_drmad.hyper_data import batches_of
 from keras_drmad.objectives import OuterLoss
-from keras_drmad.trajectories import Linear, Piecewise, Replay
+from keras_drmad.trajectories import Linear, Piecewise, Replay, Segment
 
 HERE = pathlib.Path(__file__).resolve().parent
 L2 = math.exp(-6.0)
@@ -188,11 +190,15 @@ def compare(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
         }
 
 
+PARTS = [f"replay, Hessian, last 1/{n}" for n in (8, 4, 2)]
+UNGUARDED = "linear, Hessian, no limit on growth"
+
+
 def dial() -> dict[str, Setting]:
     """What is compared with the exact replay."""
     return {
         "linear, Gauss-Newton": Setting(Linear(), "gauss_newton"),
-        "linear, Hessian": Setting(Linear(), "hessian"),
+        UNGUARDED: Setting(Linear(), "hessian"),
         "linear, Hessian, T/10 steps (as published)": Setting(
             Linear(), "hessian", reverse_steps=0.1
         ),
@@ -203,9 +209,68 @@ def dial() -> dict[str, Setting]:
     }
 
 
-def measure(row, seed: int, folder) -> list[dict]:
+# Ideas that the library does not have ------------------------------------------------------------
+
+
+def convex_hessian(loss, weights, tuned):
+    """The Hessian for directions that it bends upwards, Gauss-Newton for the others."""
+    gradient, bent = curvature.hessian(loss, weights, tuned)
+    _, bounded = curvature.gauss_newton(loss, weights, tuned)
+
+    def product(v):
+        (curved, mixed), (positive, _) = bent(v), bounded(v)
+        upwards = tf.add_n([tf.reduce_sum(a * b) for a, b in zip(v, curved, strict=True)]) >= 0
+        pairs = zip(curved, positive, strict=True)
+        return [tf.where(upwards, a, b) for a, b in pairs], mixed
+
+    return gradient, product
+
+
+class Tail(Linear):
+    """The last part of the run recomputed, a straight line over the rest."""
+
+    name = "tail"
+    all_batches = True
+
+    def wants(self, t: int) -> bool:
+        return t in (self.first, self.steps - self.steps // 8)
+
+    def segments(self, recompute):
+        (start, between, stop), (first, middle, _) = self.times, self.states
+        yield Segment(between, stop, recompute(list(middle), between, stop))
+        self.times, self.states = [start, between], [first, middle]
+        yield from super().segments(recompute)
+
+    def copies(self, steps: int) -> int:
+        return 2 + steps // 8
+
+
+class TailLoop:
+    """The Hessian in the tail, Gauss-Newton before it."""
+
+    def __init__(self, estimator: Estimator, steps: int):
+        self.tail, self.head = (estimator._loop(name) for name in ("hessian", "gauss_newton"))
+        self.start, self.replay = steps - steps // 8, self.tail.replay
+
+    def walk(self, batches, run, path, visits, *rest):
+        loop = self.tail if int(visits[-1]) >= self.start else self.head
+        return loop.walk(batches, run, path, visits, *rest)
+
+
+def ideas() -> dict[str, Setting]:
+    return {
+        "linear, Hessian if convex": Setting(Linear(), "convex_hessian"),
+        "9 anchors, Hessian if convex": Setting(Piecewise(9), "convex_hessian"),
+        TAIL: Setting(Tail(), "hessian"),
+    }
+
+
+TAIL = "last 1/8 replayed with Hessian, then linear, Gauss-Newton"
+curvature._NAMED["convex_hessian"] = convex_hessian
+
+
+def measure(row, seed: int, folder, settings: dict[str, Setting]) -> list[dict]:
     """Every setting on one run, beside the exact way."""
-    settings = dial()
     exact = Setting(Replay(), "hessian")
     model, estimator, _ = recorded(row, seed, folder, True, [exact, *settings.values()])
     steps = row[2]
@@ -221,18 +286,30 @@ def measure(row, seed: int, folder) -> list[dict]:
             "row": row_name(row), "seed": seed, "setting": name, "problem": found.problem,
             "fallback": found.fallback,
             # In training steps per step of the run, by the arithmetic that `auto` uses.
-            "cost": _cost_per_step(setting) * visited / steps,
+            "cost": cost_per_step(setting) * visited / steps,
             "bytes": estimator.nbytes(dataclasses.replace(setting, window=window)),
             "kinds": {k: compare(arrays[k], b) for k, b in reference.items() if k in arrays},
         })  # fmt: skip
 
     line("replay, Hessian", truth, exact)
     for mark in truth.marks:
-        line(f"replay, Hessian, last {mark.steps / steps:.3g}", mark, exact)
+        line(f"replay, Hessian, last 1/{round(steps / mark.steps)}", mark, exact)
     for name, setting in settings.items():
-        line(name, estimator.walk(setting), setting)
+        limit = math.inf if name == UNGUARDED else GROWTH_LIMIT
+        with mock.patch("keras_drmad.estimator.GROWTH_LIMIT", limit):
+            if name == TAIL:
+                estimator._loops["tail"] = TailLoop(estimator, steps)
+                setting = dataclasses.replace(setting, curvature="tail")
+            found = estimator.walk(setting)
+        line(name, found, setting)
     estimator.forget()
     return lines
+
+
+def cost_per_step(setting: Setting) -> float:
+    """In training steps."""
+    own = {"tail": 0.125 * 3.0 + 0.875 * 1.6, "convex_hessian": 2.0 + 1.6}
+    return own.get(setting.curvature) or _cost_per_step(setting)
 
 
 def measure_auto(row, seed: int, folder) -> dict:
@@ -253,31 +330,58 @@ def measure_auto(row, seed: int, folder) -> dict:
 
 
 def merged(path: pathlib.Path, lines: list[dict], chosen: list[dict]) -> dict:
-    """Put results into a file, in the place of what was measured on the same rows and seeds."""
+    """Put results into a file, in the place of what was measured there on the same run."""
     known = json.loads(path.read_text()) if path.exists() else {"settings": [], "auto": []}
     for part, new in (("settings", lines), ("auto", chosen)):
-        there = {(x["row"], x["seed"]) for x in new}
-        known[part] = [x for x in known[part] if (x["row"], x["seed"]) not in there] + new
+        there = {place(x) for x in new}
+        known[part] = [x for x in known[part] if place(x) not in there] + new
     path.parent.mkdir(parents=True, exist_ok=True)
     body = ",\n".join(
-        f'"{part}": [\n' + ",\n".join(json.dumps(rounded(x)) for x in known[part]) + "\n]"
+        f'"{part}": [\n'
+        + ",\n".join(json.dumps(rounded(x), separators=(",", ":")) for x in known[part])
+        + "\n]"
         for part in known
     )
     path.write_text("{" + body + "}\n")
     return known
 
 
+def place(x: dict) -> tuple:
+    return x["row"], x["seed"], x.get("setting")
+
+
 def rounded(x):
     if isinstance(x, dict):
         return {k: rounded(v) for k, v in x.items()}
     if isinstance(x, float):
-        return float(f"{x:.4g}") if math.isfinite(x) else None
+        return float(f"{x:.3g}") if math.isfinite(x) else None
     return x
 
 
 def median(values) -> float:
     known = [math.nan if v is None else v for v in values]
-    return float(np.median(known))
+    return float(np.median(known)) if known else math.nan
+
+
+def lost(x: dict) -> bool:
+    """Whether a walk ended early, or was repeated with another curvature."""
+    return bool(x["problem"] or x["fallback"])
+
+
+def summary(known: dict, kind: str) -> str:
+    """Markdown: cosine / norm ratio per setting and row, of one kind of hyperparameter."""
+    rows = list(dict.fromkeys(x["row"] for x in known["settings"]))
+    text = [f"\n{kind}\n", f"| setting | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|"]
+    for name in [*dict.fromkeys(["replay, Hessian", *PARTS, *dial(), *ideas()])][1:]:
+        cells = []
+        for row in rows:
+            here = [x for x in known["settings"] if (x["row"], x["setting"]) == (row, name)]
+            good = [x["kinds"][kind] for x in here if not lost(x)]
+            cosine, norm = (median(x[k] for x in good) for k in ("cosine", "norm"))
+            cell = f"{cosine:.3f} / {norm:.2g}" if good else "stopped" if here else ""
+            cells.append(cell + ("*" if good and len(good) < len(here) else ""))
+        text.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(text)
 
 
 def tables(known: dict) -> str:
@@ -293,12 +397,13 @@ def tables(known: dict) -> str:
             same = [x for x in here if x["setting"] == name]
             cells = []
             for kind in shown:
-                found = [x["kinds"][kind] for x in same if kind in x["kinds"]]
+                found = [x["kinds"][kind] for x in same if kind in x["kinds"] and not lost(x)]
                 cosine = median(x["cosine"] for x in found)
                 norm = median(x["norm"] for x in found)
                 cells.append(f"{cosine:.3f} / {norm:.2g}" if found else "")
             cost, size = same[0]["cost"], same[0]["bytes"] / 1e6
-            remark = " (exploded)" if any(x["problem"] or x["fallback"] for x in same) else ""
+            count = sum(map(lost, same))
+            remark = f" (stopped in {count} of {seeds})" if count else ""
             cells = [f"{name}{remark}", f"{cost:.2f}", f"{size:.1f}", *cells]
             text.append("| " + " | ".join(cells) + " |")
         for x in known["auto"]:
@@ -311,8 +416,10 @@ def figure(known: dict) -> object:
     """Cosine against cost and memory, medians of the seeds, of every row."""
     groups: dict[tuple, list[dict]] = {}
     for x in known["settings"]:
+        if x["setting"] in ideas():
+            continue
         for kind in DRAWN:
-            if kind in x["kinds"]:
+            if kind in x["kinds"] and not lost(x):
                 groups.setdefault((x["row"], x["setting"], kind), []).append(x)
     rows = []
     for (_, setting, kind), same in groups.items():
@@ -328,6 +435,8 @@ def main() -> None:
     parser.add_argument("--rows", default="digits", help="digits, mnist, cifar, or several: a,b")
     parser.add_argument("--only", default="", help="the start of a row's name: digits-sgd-500")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--ideas", action="store_true", help="settings that the library has not")
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--out", default=str(HERE.parent / "docs/results/fidelity.json"))
     parser.add_argument("--tables", action="store_true", help="only print what was measured")
@@ -335,7 +444,8 @@ def main() -> None:
     arguments = parser.parse_args()
     path = pathlib.Path(arguments.out)
     if arguments.tables:
-        print(tables(json.loads(path.read_text())))
+        known = json.loads(path.read_text())
+        print(*(summary(known, kind) for kind in DRAWN), tables(known), sep="\n")
         return
     if arguments.figure:
         figure(json.loads(path.read_text())).savefig(arguments.figure)
@@ -346,10 +456,12 @@ def main() -> None:
         asked = [row for row in every if f"{row_name(row)}-".startswith(f"{arguments.only}-")]
     for row in asked:
         lines, chosen = [], []
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             started = time.perf_counter()
-            lines += measure(row, seed, arguments.data_dir)
-            chosen.append(measure_auto(row, seed, arguments.data_dir))
+            tried = ideas() if arguments.ideas else dial()
+            lines += measure(row, seed, arguments.data_dir, tried)
+            if not arguments.ideas:
+                chosen.append(measure_auto(row, seed, arguments.data_dir))
             merged(path, lines, chosen)
             keras.backend.clear_session()
             print(f"seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)

@@ -2,10 +2,11 @@
 
     python examples/cifar10.py --data-dir DIR
 
-Training is not repeated here: after every horizon the hyperparameters move and training goes on.
-Then the same net is trained for as many epochs without tuning, from the same weights, on the same
-images; and once more with the hyper images added to its training images, which tuning had to hold
-out. Printed is a table of the test accuracies; pictures go to `--out`.
+Training is not repeated here: after every epoch the hyperparameters move and training goes on, so
+that a learning rate for each layer and epoch is learned on the way. The last third of each epoch is
+walked back, exactly. Then the same net is trained for as many epochs without tuning, from the same
+weights, on the same images; and once more with the hyper images, which tuning held out, added
+to its training images. Printed is a table of the test accuracies; pictures go to `--out`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from matplotlib.figure import Figure
 
 import keras_drmad as kd
 
@@ -62,19 +64,42 @@ def batches(data: tuple, batch_size: int, seed: int) -> tf.data.Dataset:
     return dataset.batch(batch_size)
 
 
+def grain(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
+
+
+def schedules(drmad: kd.DrMADCallback) -> Figure:
+    """The learning rate of each layer over the whole training."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for layer in drmad.history[0].hyperparameters["learning_rate"]:
+        values = [np.ravel(r.hyperparameters["learning_rate"][layer]) for r in drmad.history]
+        edges = np.linspace(0, drmad.history[-1].epoch + 1, len(values) * len(values[0]) + 1)
+        axes.stairs(np.concatenate(values), edges, baseline=None, label=layer)
+    axes.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    axes.legend()
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", default=None, help="where TFDS finds or puts the data")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--horizon", type=int, default=1, help="epochs between two updates")
-    parser.add_argument("--trajectory", default="linear")
+    parser.add_argument("--trajectory", default="replay")
     parser.add_argument("--window", type=float, default=0.3, help="part of the horizon walked back")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--train", type=int, default=18000, help="number of training images")
     parser.add_argument("--hyper", type=int, default=2000, help="number of hyper images")
     parser.add_argument("--learning-rate", type=float, default=0.03, help="where it starts")
+    parser.add_argument(
+        "--over",
+        default="run",
+        type=grain,
+        help="run, epoch, step or a number: of the rates in a horizon",
+    )
     parser.add_argument("--l2", type=float, default=1e-4, help="where it starts")
-    parser.add_argument("--outer-step", type=float, default=0.15, help="of the outer Adam")
+    parser.add_argument("--outer-step", type=float, default=0.3, help="of the outer Adam")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the pictures go")
     arguments = parser.parse_args()
@@ -90,7 +115,7 @@ def main() -> None:
     test = images(arguments.data_dir, "test")  # seen once, at the end
 
     model = compiled_net(
-        learning_rate=kd.Hyperparameter(arguments.learning_rate, per="layer", over=10),
+        learning_rate=kd.Hyperparameter(arguments.learning_rate, per="layer", over=arguments.over),
         l2=kd.Hyperparameter(arguments.l2, per="neuron"),
         seed=seed,
     )
@@ -121,10 +146,8 @@ def main() -> None:
         print(f"{name:<28} {count:>8}   {loss:>9.3f}   {accuracy:>13.1%}")
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name, figure in (
-        ("schedules", kd.plots.schedules(drmad.history, "learning_rate")),
-        ("outer_loss", kd.plots.outer_loss(drmad.history)),
-    ):
+    pictures = {"schedules": schedules(drmad), "outer_loss": kd.plots.outer_loss(drmad.history)}
+    for name, figure in pictures.items():
         path = arguments.out / f"cifar10_{name}.png"
         figure.savefig(path)
         print(path)

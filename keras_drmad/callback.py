@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -372,7 +373,11 @@ class DrMADCallback(keras.callbacks.Callback):
                     "trained or measured depends on it. Is it part of this model or its loss?"
                 )
         if reason:
-            self._warn_once(f"An update of the hyperparameters was skipped: {reason}.")
+            self._warn_once(
+                f"An update of the hyperparameters was skipped: {reason}. They stay as they are. "
+                "If it comes again, that is noted in `history` alone.",
+                kind=re.sub(r"\d+", "", reason),
+            )
         if estimate.fallback:
             self._warn_once(
                 f"curvature={estimate.fallback!r} made the adjoint explode on this trajectory; "
@@ -480,7 +485,8 @@ class DrMADCallback(keras.callbacks.Callback):
             print(message)
         log.info(message)
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _warn_once(self, message: str, kind: str = "") -> None:
+        """Warn, unless of this kind (or by this message) it was warned before."""
+        if (kind or message) not in self._said:
+            self._said.add(kind or message)
             warnings.warn(message, stacklevel=2)

@@ -88,10 +88,11 @@ def interval(low: float, high: float) -> Domain:
     margin = MARGIN * width
 
     def value(raw: tf.Tensor) -> tf.Tensor:
-        # Far from 0 the sum may round to an end; the last numbers before the ends are inside.
+        # Far from 0 the sum may round to an end; the last numbers before the ends are inside. Next
+        # to an end at 0 these would be numbers so small that processors take them for 0.
         dtype = raw.dtype.as_numpy_dtype
-        first = np.nextafter(dtype(low), dtype(high))
-        last = np.nextafter(dtype(high), dtype(low))
+        first = np.nextafter(dtype(low), dtype(high)) if low else dtype(SMALLEST)
+        last = np.nextafter(dtype(high), dtype(low)) if high else dtype(-SMALLEST)
         return tf.clip_by_value(low + width * _sigmoid(raw), first, last)
 
     return Domain(

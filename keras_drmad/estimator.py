@@ -226,6 +226,8 @@ class Estimator:
 
         if not math.isfinite(float(loss)):
             return result(self.steps, "the outer loss is not finite")
+        if not all(bool(tf.reduce_all(tf.math.is_finite(w))) for w in weights_bar):
+            return result(self.steps, "the gradient of the outer loss is not finite")
         if self._updates != self.steps:
             return result(
                 self.steps,
@@ -262,8 +264,9 @@ class Estimator:
                                 )
                             except LookupError:
                                 pass  # TensorFlow has no second derivative of a layer
+                        what = "is not a number" if math.isnan(norm) else "exploded"
                         return result(
-                            lost, f"the adjoint exploded {self.steps - lost} steps before the end"
+                            lost, f"the adjoint {what} {self.steps - lost} steps before the end"
                         )
                     done += len(here)
                     self.progress(done, len(visits))

@@ -129,7 +129,9 @@ class Auto:
 
     At the first update, and again every now and then, the run is walked exactly (`replay`, Hessian)
     and by the candidates. Chosen is the cheapest whose worst cosine over the arguments reaches
-    `fidelity`, with a quarter of the way to 1 to spare.
+    `fidelity`, with a quarter of the way to 1 to spare. While the run stays much the same, another
+    measurement is made only where all of them together, if it costs what the last one did, add no
+    more than half to what the walks by what they chose cost.
 
     Args:
         fidelity: The cosine with the exact hypergradient that is aimed at.
@@ -144,6 +146,7 @@ class Auto:
     LONGEST = 40
     MOVED = 2.0  # the loss or a learning rate by this factor: time to measure again
     SOONEST = 5
+    SHARE = 0.5  # what measuring may add to the cost of the walks by what was chosen
 
     def __init__(
         self,
@@ -166,8 +169,11 @@ class Auto:
         self.chosen: Setting | None = None
         self.why = ""
         self._since = 0
+        self._moved = False
         self._interval = self.EVERY
         self._measured_at: tuple[float, float] | None = None
+        # In training steps: walks by what was chosen, all measuring beyond them, the last of it.
+        self._walked = self._measuring = self._last = 0.0
 
     # What the callback asks ----------------------------------------------------------------------
 
@@ -200,9 +206,10 @@ class Auto:
             self._since += 1
             if self._measured_at is not None and self._since >= self.SOONEST:
                 moved = max(abs(a - b) for a, b in zip(now, self._measured_at, strict=True))
-                if moved > math.log(self.MOVED):
-                    self._since = self._interval
-            return estimator.walk(self.chosen), None
+                self._moved = self._moved or moved > math.log(self.MOVED)
+            found = estimator.walk(self.chosen)
+            self._walked += _cost_per_step(self.chosen) * found.steps
+            return found, None
         marks = sorted({round(window * estimator.steps) for window in self._windows} - {0})
         exact = estimator.walk(self._exact, marks)
         if exact.problem:
@@ -210,7 +217,7 @@ class Auto:
             return exact, None
         before = self.chosen
         measured = self._choose(estimator, exact, marks)
-        self._since, self._measured_at = 0, now
+        self._since, self._moved, self._measured_at = 0, False, now
         stands = before is not None and str(before) == str(self.chosen)
         self._interval = min(2 * self._interval, self.LONGEST) if stands else self.EVERY
         return exact, measured
@@ -218,6 +225,8 @@ class Auto:
     def get_state(self) -> dict[str, Any]:
         """What is to be kept where the run is saved, as JSON can hold it."""
         state: dict[str, Any] = {"why": self.why, "since": self._since, "interval": self._interval}
+        state["moved"] = self._moved
+        state["costs"] = [self._walked, self._measuring, self._last]
         if self.chosen is not None:
             known = [setting.trajectory for setting in (self._exact, *self._candidates)]
             state["chosen"] = known.index(self.chosen.trajectory)
@@ -232,11 +241,16 @@ class Auto:
         self.chosen = replace(chosen, window=state["window"])
         self.why, self._since, self._interval = state["why"], state["since"], state["interval"]
         self._measured_at = tuple(state["measured_at"])
+        self._moved = state.get("moved", False)
+        self._walked, self._measuring, self._last = state.get("costs", (0.0, 0.0, 0.0))
 
     # Choosing ------------------------------------------------------------------------------------
 
     def _due(self) -> bool:
-        return self.chosen is None or self._since >= self._interval
+        if self.chosen is None or self._moved:
+            return True
+        affordable = self._measuring + self._last <= self.SHARE * self._walked
+        return self._since >= self._interval and affordable
 
     def _choose(
         self, estimator: Estimator, exact: Hypergradients, marks: Sequence[int]
@@ -245,12 +259,14 @@ class Auto:
         names = [v.path for v in estimator.tuned]
         best: tuple[float, Setting, dict[str, Agreement]] | None = None
         nearest: tuple[float, Setting, dict[str, Agreement]] | None = None
-        full_cost = _cost_per_step(self._exact) * exact.steps
+        full_cost = spent = _cost_per_step(self._exact) * exact.steps
         for setting in [self._exact, *self._candidates]:
             try:
                 walked = exact if setting is self._exact else estimator.walk(setting)
             except LookupError:
                 continue  # TensorFlow has no second derivative of a layer
+            if setting is not self._exact:
+                spent += _cost_per_step(setting) * walked.steps
             # A shorter window is an option where the path is exact; a straight line over it would
             # be another line than the one measured.
             for result in [*(walked.marks if setting is self._exact else ()), walked]:
@@ -272,6 +288,7 @@ class Auto:
                 break
         if best is not None:
             cost, self.chosen, found = best
+            self._note_costs(cost, spent)
             worst = min(a.cosine for a in found.values())
             self.why = (
                 f"cosine {worst:.3f} with the exact hypergradient at {cost / full_cost:.2f} of its "
@@ -284,11 +301,17 @@ class Auto:
                 "Raise it, or choose a trajectory by name."
             )
         worst, self.chosen, found = nearest
+        self._note_costs(_cost_per_step(self.chosen) * (self.chosen.window or exact.steps), spent)
         self.why = (
             f"cosine {worst:.3f} with the exact hypergradient, the best within the memory limit "
             f"({self.fidelity} asked)"
         )
         return found
+
+    def _note_costs(self, chosen: float, spent: float) -> None:
+        self._last = max(0.0, spent - chosen)
+        self._measuring += self._last
+        self._walked += chosen
 
     def _fits(self, estimator: Estimator, setting: Setting) -> bool:
         if self.memory_limit is None:

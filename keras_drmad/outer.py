@@ -173,11 +173,23 @@ def update(
         tf.cast(h, raw.dtype) * t.domain.slope(raw)
         for h, t, raw in zip(hypergradients, tuned, before, strict=True)
     ]
+    if not optimizer.built:
+        optimizer.build([t.raw for t in tuned])
+    variables = [*optimizer.variables, *(t.raw for t in tuned)]
+    state = [(v, tf.identity(v.value)) for v in variables]
     optimizer.apply(gradients, [t.raw for t in tuned])
-    for t, old in zip(tuned, before, strict=True):
-        moved = tf.clip_by_value(t.raw.value - old, -max_step, max_step)
-        # An optimizer whose own state overflowed moves nothing.
-        t.raw.assign(old + tf.where(tf.math.is_finite(moved), moved, tf.zeros_like(moved)))
+    steps = [
+        tf.clip_by_value(t.raw.value - old, -max_step, max_step)
+        for t, old in zip(tuned, before, strict=True)
+    ]
+    floating = [v.value for v in optimizer.variables if keras.backend.is_float_dtype(v.dtype)]
+    if not all(bool(tf.reduce_all(tf.math.is_finite(x))) for x in (*floating, *steps)):
+        # A moment that is infinite once is so for good, and nothing would move any more.
+        for variable, value in state:
+            variable.assign(value)
+        return "the outer optimizer's moments overflowed"
+    for t, old, step in zip(tuned, before, steps, strict=True):
+        t.raw.assign(old + step)
         if t.target is not None:
             t.target.assign(t.domain.value(tf.convert_to_tensor(t.raw.value)))
     return ""

@@ -56,3 +56,41 @@ def test_cifar10(monkeypatch, capsys, tmp_path):
     assert set(accuracies) == {"tuned by DrMAD", "untuned", "untuned, hyper images added"}
     assert min(accuracies.values()) >= 8.0  # a tenth is chance
     assert (tmp_path / "cifar10_schedules.png").stat().st_size > 1000
+
+
+def row(printed: str, name: str) -> list[float]:
+    """The numbers at the end of the table's line that begins with a name."""
+    line = next(line for line in printed.splitlines() if line.startswith(name))
+    return [float(word) for word in line[len(name) :].split()]
+
+
+def test_hyper_cleaning(monkeypatch, capsys):
+    printed = run(
+        monkeypatch, capsys, "hyper_cleaning.py", "--data-dir", data_dir("mnist"),
+        "--examples", 1000, "--batch-size", 100, "--epochs", 5, "--updates", 8, "--step", 0.6,
+    )  # fmt: skip
+    f1 = float(next(x for x in printed.splitlines() if x.startswith("wrong labels")).split()[-1])
+    assert f1 >= 0.85
+    equal, learned = (
+        row(printed, f"all, with {weights}")[-1]
+        for weights in ("equal weights", "the learned weights")
+    )
+    assert learned > equal + 0.04
+
+
+def test_feature_selection(monkeypatch, capsys):
+    printed = run(
+        monkeypatch, capsys, "feature_selection.py", "--data-dir", EXAMPLES / "data",
+        "--updates", 10, "--epochs", 8,
+    )  # fmt: skip
+    assert row(printed, "learned ")[-1] > row(printed, "all 1 ")[-1]
+
+
+def test_fine_tuning(monkeypatch, capsys):
+    printed = run(
+        monkeypatch, capsys, "fine_tuning.py", "--data-dir", data_dir("mnist"),
+        "--pretraining-examples", 1000, "--updates", 4, "--epochs", 3,
+    )  # fmt: skip
+    start, tuned = row(printed, "as they start"), row(printed, "tuned ")
+    assert tuned[0] < start[0]
+    assert tuned[1] > start[1]

@@ -104,10 +104,48 @@ def test_auto_uses_the_exact_hypergradient_of_the_run_that_it_measures(float64):
 
 def test_auto_measures_again_after_some_updates(monkeypatch):
     monkeypatch.setattr(fidelity.Auto, "EVERY", 2)
+    monkeypatch.setattr(fidelity.Auto, "SHARE", np.inf)
     callback = _fit(_model(), epochs=7)
     measured = [record.verification is not None for record in callback.history]
     # Doubled where the choice stands; at once where it does not.
     assert measured[:4] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("window", [62, 250])
+def test_measuring_adds_at_most_half_to_what_was_chosen(monkeypatch, window):
+    auto, steps, cost = fidelity.Auto(), 500, 3.0
+    measured = []
+
+    def choose(estimator, exact, marks):
+        auto.chosen = Setting(auto._exact.trajectory, "hessian", window)
+        auto._note_costs(cost * window, cost * steps)
+        return {}
+
+    class Walks:
+        steps = 500
+
+        def walk(self, setting, marks=()):
+            walked = setting.window or steps
+            return Hypergradients(1.0, [], [], None, walked, 0.0)
+
+    monkeypatch.setattr(auto, "_choose", choose)
+    for update in range(1, 101):
+        assert len(auto.settings()) == (4 if auto._due() else 1)
+        # A fresh object goes on from what was kept.
+        other = fidelity.Auto()
+        other.set_state(auto.get_state())
+        assert other._due() == auto._due()
+        found = auto.hypergradients(Walks(), 1.0, 0.1)[1]
+        if found is not None:
+            measured.append(update)
+        total = cost * (steps * len(measured) + window * (update - len(measured)))
+        if update >= 20:
+            assert total <= 1.5 * cost * window * update
+    assert len(measured) >= 3
+    # Where the run has moved it is measured all the same.
+    monkeypatch.setattr(auto, "SOONEST", 1)
+    auto.hypergradients(Walks(), 10.0, 0.1)
+    assert auto._due()
 
 
 def test_auto_measures_again_when_the_learning_rate_has_moved_much(monkeypatch):

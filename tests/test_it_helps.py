@@ -34,20 +34,22 @@ def too_low_a_rate():
 
 
 def no_penalty():
-    return kd.optimizers.SGD(0.05, momentum=0.9, l2=kd.Hyperparameter(1e-6, per="layer"))
+    return kd.optimizers.SGD(0.05, momentum=0.9, l2=kd.Hyperparameter(1e-6, per="neuron"))
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
-    "optimizer, first_weights, epochs, outer_step",
+    "optimizer, first_weights, epochs, outer_step, trajectory",
     [
-        (too_low_a_rate, 0.15, 10, 0.1),
+        (too_low_a_rate, 0.15, 10, 0.1, "auto"),
         # First weights so large that the net memorises unless it is penalised.
-        (no_penalty, 0.6, 40, 1.0),
+        (no_penalty, 0.6, 40, 1.0, "linear"),
     ],
     ids=["learning rate", "l2"],
 )
-def test_twenty_updates_help(digits, optimizer, first_weights, epochs, outer_step, seed):
+def test_twenty_updates_help(
+    digits, optimizer, first_weights, epochs, outer_step, trajectory, seed
+):
     x, y = digits
     keras.utils.set_random_seed(seed)
 
@@ -67,12 +69,12 @@ def test_twenty_updates_help(digits, optimizer, first_weights, epochs, outer_ste
         outer_optimizer=keras.optimizers.Adam(outer_step),
         horizon=epochs,
         restart=True,
+        trajectory=trajectory,
     )
 
     def train_and_test(horizons):
-        model.fit(
-            x[TRAIN], y[TRAIN], 50, epochs * horizons, verbose=0, callbacks=[callback]
-        )  # fmt: skip
+        many = epochs * horizons
+        model.fit(x[TRAIN], y[TRAIN], 50, many, verbose=0, callbacks=[callback])
         return 1.0 - model.evaluate(x[TEST], y[TEST], 1000, verbose=0)[1]
 
     # The first horizon is trained with what it starts from, the last with twenty updates.
