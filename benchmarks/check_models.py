@@ -1,4 +1,4 @@
-"""`check_model` on architectures of keras.applications: the table of docs/check_model.md.
+"""`check_model` on architectures of keras.applications: the table of docs/fidelity.md.
 
 python benchmarks/check_models.py                   # all, one after the other
 python benchmarks/check_models.py --full VGG16      # the whole report of one

@@ -7,7 +7,7 @@ cosine, sign agreement and norm ratio per kind of hyperparameter, seconds and by
     python benchmarks/fidelity.py --rows digits                      # measure, and print tables
     python benchmarks/fidelity.py --only digits-sgd-500 --seeds 1    # one row of them
     python benchmarks/fidelity.py --tables                           # of what was measured
-    python benchmarks/fidelity.py --figure docs/images/fidelity.png
+    python benchmarks/fidelity.py --only digits-sgd-2000-0.1 --figure docs/images/fidelity.png
 
 What is measured is merged into docs/results/fidelity.json, by row and seed. MNIST and CIFAR-10 are
 read with `tfds.load(..., data_dir=DIR)`; the digits are embedded.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import time
@@ -28,6 +27,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from fidelity_results import DRAWN, KINDS, figure, load, merge, summary, tables
 
 import keras_drmad as kd
 from keras_drmad import curvature
@@ -39,8 +39,6 @@ from keras_drmad.trajectories import Linear, Piecewise, Replay, Segment
 
 HERE = pathlib.Path(__file__).resolve().parent
 L2 = math.exp(-6.0)
-KINDS = ("l2/weight", "l2/input", "l2/neuron", "l2/layer", "rate/layer", "rate/step", "momentum")
-DRAWN = ("l2/weight", "l2/input", "rate/layer", "rate/step")
 
 # net, optimizer, steps, learning rate, remark
 ROWS = {
@@ -190,7 +188,6 @@ def compare(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
         }
 
 
-PARTS = [f"replay, Hessian, last 1/{n}" for n in (8, 4, 2)]
 UNGUARDED = "linear, Hessian, no limit on growth"
 
 
@@ -326,110 +323,6 @@ def measure_auto(row, seed: int, folder) -> dict:
     }  # fmt: skip
 
 
-# What was measured, kept and shown ----------------------------------------------------------------
-
-
-def merged(path: pathlib.Path, lines: list[dict], chosen: list[dict]) -> dict:
-    """Put results into a file, in the place of what was measured there on the same run."""
-    known = json.loads(path.read_text()) if path.exists() else {"settings": [], "auto": []}
-    for part, new in (("settings", lines), ("auto", chosen)):
-        there = {place(x) for x in new}
-        known[part] = [x for x in known[part] if place(x) not in there] + new
-    path.parent.mkdir(parents=True, exist_ok=True)
-    body = ",\n".join(
-        f'"{part}": [\n'
-        + ",\n".join(json.dumps(rounded(x), separators=(",", ":")) for x in known[part])
-        + "\n]"
-        for part in known
-    )
-    path.write_text("{" + body + "}\n")
-    return known
-
-
-def place(x: dict) -> tuple:
-    return x["row"], x["seed"], x.get("setting")
-
-
-def rounded(x):
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    if isinstance(x, float):
-        return float(f"{x:.3g}") if math.isfinite(x) else None
-    return x
-
-
-def median(values) -> float:
-    known = [math.nan if v is None else v for v in values]
-    return float(np.median(known)) if known else math.nan
-
-
-def lost(x: dict) -> bool:
-    """Whether a walk ended early, or was repeated with another curvature."""
-    return bool(x["problem"] or x["fallback"])
-
-
-def summary(known: dict, kind: str) -> str:
-    """Markdown: cosine / norm ratio per setting and row, of one kind of hyperparameter."""
-    rows = list(dict.fromkeys(x["row"] for x in known["settings"]))
-    text = [f"\n{kind}\n", f"| setting | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|"]
-    for name in [*dict.fromkeys(["replay, Hessian", *PARTS, *dial(), *ideas()])][1:]:
-        cells = []
-        for row in rows:
-            here = [x for x in known["settings"] if (x["row"], x["setting"]) == (row, name)]
-            good = [x["kinds"][kind] for x in here if not lost(x)]
-            cosine, norm = (median(x[k] for x in good) for k in ("cosine", "norm"))
-            cell = f"{cosine:.3f} / {norm:.2g}" if good else "stopped" if here else ""
-            cells.append(cell + ("*" if good and len(good) < len(here) else ""))
-        text.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(text)
-
-
-def tables(known: dict) -> str:
-    """Markdown: cosine / norm ratio per setting and kind of hyperparameter, a table a row."""
-    text = []
-    for row in dict.fromkeys(x["row"] for x in known["settings"]):
-        here = [x for x in known["settings"] if x["row"] == row]
-        seeds = len({x["seed"] for x in here})
-        shown = [k for k in (*KINDS, "initial weights") if k in here[0]["kinds"]]
-        text += [f"\n{row}, seeds: {seeds}\n", f"| setting | cost | MB | {' | '.join(shown)} |",
-                 "|---" * (len(shown) + 3) + "|"]  # fmt: skip
-        for name in dict.fromkeys(x["setting"] for x in here):
-            same = [x for x in here if x["setting"] == name]
-            cells = []
-            for kind in shown:
-                found = [x["kinds"][kind] for x in same if kind in x["kinds"] and not lost(x)]
-                cosine = median(x["cosine"] for x in found)
-                norm = median(x["norm"] for x in found)
-                cells.append(f"{cosine:.3f} / {norm:.2g}" if found else "")
-            cost, size = same[0]["cost"], same[0]["bytes"] / 1e6
-            count = sum(map(lost, same))
-            remark = f" (stopped in {count} of {seeds})" if count else ""
-            cells = [f"{name}{remark}", f"{cost:.2f}", f"{size:.1f}", *cells]
-            text.append("| " + " | ".join(cells) + " |")
-        for x in known["auto"]:
-            if x["row"] == row:
-                text.append(f"\n`auto`, seed {x['seed']}: {x['chosen']}: {x['why']}")
-    return "\n".join(text)
-
-
-def figure(known: dict) -> object:
-    """Cosine against cost and memory, medians of the seeds, of every row."""
-    groups: dict[tuple, list[dict]] = {}
-    for x in known["settings"]:
-        if x["setting"] in ideas():
-            continue
-        for kind in DRAWN:
-            if kind in x["kinds"] and not lost(x):
-                groups.setdefault((x["row"], x["setting"], kind), []).append(x)
-    rows = []
-    for (_, setting, kind), same in groups.items():
-        cosine = median(x["kinds"][kind]["cosine"] for x in same)
-        name = "replay, Hessian, last 1/8 to all" if "replay, Hessian" in setting else setting
-        rows.append({"setting": name, "hyperparameter": kind, "cosine": cosine,
-                     "cost": same[0]["cost"], "memory": same[0]["bytes"]})  # fmt: skip
-    return kd.plots.fidelity(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="digits", help="digits, mnist, cifar, or several: a,b")
@@ -440,15 +333,15 @@ def main() -> None:
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--out", default=str(HERE.parent / "docs/results/fidelity.json"))
     parser.add_argument("--tables", action="store_true", help="only print what was measured")
-    parser.add_argument("--figure", default=None, help="only draw it, into this file")
+    parser.add_argument("--figure", default=None, help="only draw one row, into this file")
     arguments = parser.parse_args()
     path = pathlib.Path(arguments.out)
     if arguments.tables:
-        known = json.loads(path.read_text())
+        known = load(path)
         print(*(summary(known, kind) for kind in DRAWN), tables(known), sep="\n")
         return
     if arguments.figure:
-        figure(json.loads(path.read_text())).savefig(arguments.figure)
+        figure(load(path), arguments.only, ideas()).savefig(arguments.figure)
         return
     asked = [row for part in arguments.rows.split(",") for row in ROWS[part]]
     if arguments.only:
@@ -462,7 +355,7 @@ def main() -> None:
             lines += measure(row, seed, arguments.data_dir, tried)
             if not arguments.ideas:
                 chosen.append(measure_auto(row, seed, arguments.data_dir))
-            merged(path, lines, chosen)
+            merge(path, lines, chosen)
             keras.backend.clear_session()
             print(f"seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
         print(tables({"settings": lines, "auto": chosen}), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import keras
@@ -59,7 +60,10 @@ def _number(name: str, value: Any, domain: Domain) -> Value:
             raise TypeError(
                 f"`{name}` is a float or a keras_drmad.Hyperparameter. Received: {name}={value!r}"
             )
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):  # a string in an array, or 10**400
+        number = math.nan
     # A number that stands still may lie at the end of the domain: no momentum, no penalty.
     low, high = _ENDS[domain] if isinstance(domain, str) else domain
     if not (math.isfinite(number) and low <= number <= high):
@@ -72,7 +76,8 @@ def _number(name: str, value: Any, domain: Domain) -> Value:
 def is_nonzero(value: Argument) -> bool:
     """Whether an argument may be other than zero, now or later."""
     parts = value.values() if isinstance(value, dict) else [value]
-    return any(isinstance(part, Hyperparameter) or part != 0.0 for part in parts)
+    # What is no number is refused later.
+    return any(not (isinstance(part, Real) and part == 0.0) for part in parts)
 
 
 def hyperparameters(arguments: dict[str, Any]) -> list[tuple[str, Hyperparameter]]:
@@ -164,7 +169,7 @@ def refuse(kwargs: dict[str, Any], optimizer: str, signature: Callable) -> None:
         if key not in _REFUSED:
             known = [k for k in inspect.signature(signature).parameters if k != "self"]
             raise TypeError(f"{optimizer} has no argument {key!r}. It takes {known}")
-        if value not in (None, False):
+        if value is not None and value is not False:
             raise ValueError(
                 f"`{key}` is not supported by keras_drmad.optimizers.{optimizer}. {_REFUSED[key]}"
             )

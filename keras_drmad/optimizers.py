@@ -324,6 +324,8 @@ class Sign(keras.optimizers.Optimizer):
     """
 
     def __init__(self, step: float = 0.1, name: str | None = "Sign"):
+        if isinstance(step, (dict, Hyperparameter)):
+            raise TypeError(f"`step` is a float. Received: step={step!r}")
         super().__init__(learning_rate=args.checked("step", step, "positive"), name=name)
 
     def update_step(self, gradient, variable, learning_rate):

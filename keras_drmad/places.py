@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import keras
@@ -94,7 +95,11 @@ def clipping_of(clipnorm: Any, clipvalue: Any, global_clipnorm: Any) -> dict[str
     """
     norms = dict(clipnorm=clipnorm, clipvalue=clipvalue, global_clipnorm=global_clipnorm)
     # As in Keras, a norm of 0 is no clipping.
-    clipping = {key: norm for key, norm in norms.items() if norm is not None and norm != 0}
+    clipping = {
+        key: norm
+        for key, norm in norms.items()
+        if norm is not None and not (isinstance(norm, Real) and norm == 0)
+    }
     if len(clipping) > 1:
         raise ValueError(f"At most one gradient clipping can be set. Received: {clipping}")
     overall = clipping.get("global_clipnorm")

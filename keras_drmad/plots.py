@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ def schedules(history: Any, argument: str | None = None) -> Any:
         ImportError: if matplotlib is not installed.
     """
     records = as_history(history)
+    _check_name(argument, "argument")
     panels: dict[str, list[tuple[int, int, Entry]]] = {}
     for i, record in enumerate(records):
         steps = horizon_of(records[: i + 1])
@@ -104,6 +106,14 @@ def penalties(
         ImportError: if matplotlib is not installed.
     """
     records = as_history(history)
+    _check_name(layer, "layer")
+    _check_name(argument, "argument")
+    count = len(records)
+    if isinstance(update, bool) or not isinstance(update, Integral) or not -count <= update < count:
+        raise ValueError(
+            f"`update` is the index of one of {count} records, from {-count} to {count - 1}. "
+            f"Received: update={update!r}"
+        )
     found = [e for e in entries(records[update]) if e.label.argument == argument]
     found = [e for e in found if e.in_space.ndim and e.label.per in ("input", "weight", "")]
     known = list(dict.fromkeys(e.label.layer for e in found))
@@ -118,10 +128,14 @@ def penalties(
     if values.ndim > 1:  # (..., inputs, units)
         values = values.mean(-1)
     side = math.isqrt(values.size)
-    shape = (side, side) if image_shape is None else tuple(image_shape)
-    if math.prod(shape) != values.size or len(shape) not in (2, 3):
+    try:
+        shape = (side, side) if image_shape is None else tuple(int(n) for n in image_shape)
+    except (TypeError, ValueError, OverflowError):
+        shape = ()
+    if len(shape) not in (2, 3) or min(shape) < 1 or math.prod(shape) != values.size:
         raise ValueError(
-            f"The {values.size} inputs of layer {layer!r} don't make an image of shape {shape}. "
+            f"The {values.size} inputs of layer {layer!r} don't make an image of shape "
+            f"{shape if image_shape is None else image_shape!r}. "
             "Pass `image_shape=(height, width)` or (height, width, channels)."
         )
     image = as_image(values, shape)
@@ -156,11 +170,20 @@ def outer_loss(history: Any, test_error: Sequence[float] | None = None) -> Any:
     records = as_history(history)
     numbers = np.arange(1, len(records) + 1)
     losses = np.array([r.outer_loss for r in records])
-    if test_error is not None and len(test_error) != len(records):
-        raise ValueError(
-            f"`test_error` has {len(test_error)} numbers, the history {len(records)} updates. "
-            "Pass one per update."
-        )
+    if test_error is not None:
+        try:
+            errors = np.asarray(test_error, np.float64)
+        except (TypeError, ValueError, OverflowError):
+            errors = np.zeros((0, 0))
+        if errors.ndim != 1:
+            raise ValueError(
+                f"`test_error` is a list of numbers. Received: test_error={test_error!r}"
+            )
+        if len(errors) != len(records):
+            raise ValueError(
+                f"`test_error` has {len(errors)} numbers, the history {len(records)} updates. "
+                "Pass one per update."
+            )
     figure = _figure(4.8, 3.2)
     ax = figure.subplots()
     lines = ax.plot(numbers, losses, "o-", markersize=3.5, color="tab:blue", label="outer loss")
@@ -175,7 +198,7 @@ def outer_loss(history: Any, test_error: Sequence[float] | None = None) -> Any:
     if test_error is not None:
         other = ax.twinx()
         lines += other.plot(
-            numbers, test_error, "s--", markersize=3.5, color="tab:orange", label="test error"
+            numbers, errors, "s--", markersize=3.5, color="tab:orange", label="test error"
         )
         other.set_ylabel("test error")
         other.set_ylim(bottom=0)
@@ -211,7 +234,8 @@ def fidelity(results: Any) -> Any:
     if isinstance(results, (str, os.PathLike)) and os.fspath(results).endswith(".json"):
         with open(results, encoding="utf-8") as file:
             results = json.load(file)
-    if isinstance(results, (list, tuple)) and results and isinstance(results[0], dict):
+    is_list = isinstance(results, (list, tuple)) and len(results) > 0
+    if is_list and all(isinstance(row, dict) for row in results):
         return _fidelity_of_settings(results)
     return _fidelity_of_updates(as_history(results))
 
@@ -314,6 +338,11 @@ def _norm(values: np.ndarray) -> Any:
     from matplotlib import colors
 
     return colors.LogNorm() if _is_wide(values) else colors.Normalize()
+
+
+def _check_name(value: Any, argument: str) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"`{argument}` is a name. Received: {argument}={value!r}")
 
 
 def _names(records: Sequence[Record]) -> list[str]:

@@ -33,6 +33,8 @@ from keras_drmad.reports import (
 )
 
 FOLDER = "drmad"
+# A disk that is full, a folder that is gone, a writer that somebody closed.
+_LOST = (OSError, tf.errors.OpError, RuntimeError)
 POINTS = 200  # of one curve at most; what lies between is left out
 
 # Dark blue over green to yellow, even in lightness.
@@ -85,7 +87,7 @@ class Writer:
         """Write the latest record of a history; the others were written before."""
         try:
             self._write(history)
-        except (OSError, tf.errors.OpError) as error:
+        except _LOST as error:
             self._lost(error)
 
     def close(self) -> None:
@@ -94,7 +96,7 @@ class Writer:
             try:
                 self._writer.close()
                 _check_whole(self._file)
-            except (OSError, tf.errors.OpError) as error:
+            except _LOST as error:
                 self._lost(error)
             self._writer = None
 

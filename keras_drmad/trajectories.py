@@ -172,7 +172,10 @@ class Piecewise(Trajectory):
             power = 2 if self.spacing == "quadratic" else 1
             last = self.anchors - 1
             length = steps - first
-            self._chosen = {first + round(length * (j / last) ** power) for j in range(last)}
+            if last >= length:  # room for every state
+                self._chosen = set(range(first, steps))
+            else:
+                self._chosen = {first + round(length * (j / last) ** power) for j in range(last)}
 
     def wants(self, t: int) -> bool:
         if self.spacing == "bend":

@@ -32,17 +32,14 @@ Case = dict[str, str]
 FACTORS = {
     "data": ("arrays", "tf.data", "endless tf.data", "PyDataset with workers", "generator"),
     "batches": ("even", "ragged last", "of one"),
-    "model": ("sequential", "two inputs, two outputs", "subclassed", "shared layer",
-              "frozen layer"),
+    "model": ("sequential", "two inputs, two outputs", "subclassed", "shared and frozen layers"),
     "layers": ("BatchNormalization, Dropout", "LSTM", "Conv1D", "Embedding",
                "MultiHeadAttention, LayerNormalization"),
     "run": ("graph", "jit_compile", "jit auto", "run_eagerly"),
-    "compiled with": ("nothing else", "weighted metrics", "loss weights", "clipnorm",
-                      "global_clipnorm"),
+    "compiled with": ("nothing else", "weighted metrics", "loss weights", "clipnorm"),
     "dtype": ("float32", "float64", "mixed_bfloat16"),
-    "steering": ("none", "EarlyStopping", "ReduceLROnPlateau", "LearningRateScheduler",
-                 "TerminateOnNaN"),
-    "writing": ("none", "ModelCheckpoint", "CSVLogger", "TensorBoard", "BackupAndRestore"),
+    "steering": ("none", "EarlyStopping", "ReduceLROnPlateau", "LearningRateScheduler"),
+    "writing": ("none", "ModelCheckpoint", "TensorBoard", "BackupAndRestore"),
     "trajectory": ("linear", "stored"),
 }  # fmt: skip
 PLAIN = {factor: values[0] for factor, values in FACTORS.items()}
@@ -177,13 +174,10 @@ def model_of(case: Case) -> keras.Model:
             if case["writing"] == "BackupAndRestore":  # it wants a model that is built
                 model(np.zeros((1, 4), "int32") if words else np.zeros((1, 4, 3)))
             return model
-        case "shared layer":
+        case "shared and frozen layers":
             x = new_input()
-            wide, shared = layers.Dense(3), layers.Dense(3, "tanh")
-            return keras.Model(x, head()(shared(shared(wide(through(x))))))
-        case "frozen layer":
-            frozen = layers.Dense(3, "tanh", trainable=False)
-            return keras.Sequential([new_input(), *inner(kind), frozen, head()])
+            frozen, shared = layers.Dense(3, trainable=False), layers.Dense(3, "tanh")
+            return keras.Model(x, head()(shared(shared(frozen(through(x))))))
         case unknown:
             raise KeyError(unknown)
 
@@ -253,7 +247,6 @@ def optimizer_of(case: Case) -> keras.optimizers.Optimizer:
         rate = rate if option == "tuned learning rate" else 0.1
     more = {
         "clipnorm": dict(clipnorm=1.0),
-        "global_clipnorm": dict(global_clipnorm=1.0),
         "use_ema": dict(use_ema=True),
         "gradient_accumulation_steps": dict(gradient_accumulation_steps=2),
     }
@@ -285,15 +278,14 @@ def callbacks_of(case: Case, folder: Path) -> list[keras.callbacks.Callback]:
         "EarlyStopping": lambda: of.EarlyStopping("loss", patience=2, restore_best_weights=True),
         "ReduceLROnPlateau": lambda: of.ReduceLROnPlateau("loss", patience=1, min_delta=100.0),
         "LearningRateScheduler": lambda: of.LearningRateScheduler(lambda e: 0.1 / (e + 1)),
-        "TerminateOnNaN": of.TerminateOnNaN,
         "ModelCheckpoint": lambda: of.ModelCheckpoint(folder / "{epoch}.weights.h5",
                                                       save_weights_only=True),
-        "CSVLogger": lambda: of.CSVLogger(folder / "log.csv"),
         "TensorBoard": lambda: of.TensorBoard(folder / "logs", write_graph=False),
         "BackupAndRestore": lambda: of.BackupAndRestore(folder / "backup"),
         "SwapEMAWeights": lambda: of.SwapEMAWeights(swap_on_epoch=True),
     }  # fmt: skip
-    return [made[name]() for name in (case["steering"], case["writing"]) if name != "none"]
+    named = [made[name]() for name in (case["steering"], case["writing"]) if name != "none"]
+    return [of.TerminateOnNaN(), of.CSVLogger(folder / "log.csv"), *named]
 
 
 def outcome(case: Case) -> str:
@@ -337,12 +329,10 @@ def fit(case: Case, folder: Path) -> None:
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())
     expected = {
         "ModelCheckpoint": ["1.weights.h5", "2.weights.h5"],
-        "CSVLogger": ["log.csv"],
         "TensorBoard": ["logs"],
     }.get(case["writing"], [])
     assert all((folder / name).exists() for name in expected)
-    if case["writing"] == "CSVLogger":
-        assert "outer_loss" in (folder / "log.csv").read_text()
+    assert "outer_loss" in (folder / "log.csv").read_text().splitlines()[0]
     if case["steering"] in ("ReduceLROnPlateau", "LearningRateScheduler"):
         assert float(model.optimizer.learning_rate) < 0.09
 
@@ -355,12 +345,13 @@ HEAD = """\
 Written by `python tests/test_compatibility.py`; the tests compare this page with what they find.
 
 Each row of the first table is a fit of two epochs with an update of the hyperparameters after each.
-Together they hold every pair of two settings at least once. A row "works" if both updates were made,
-every tuned value moved and stayed finite, and the model was left as Keras would leave it.
+Together they hold every pair of two settings at least once. A row "works" if both updates were
+made, every tuned value moved and stayed finite, and the model was left as Keras would leave it.
 
-`jit auto` is `jit_compile="auto"`. Where ReduceLROnPlateau or LearningRateScheduler set the learning
-rate it is a plain float; momentum stands still and `l2` is tuned in every row. BackupAndRestore wants
-a subclassed model that is built already (Keras says so).
+`jit auto` is `jit_compile="auto"`. In every row `l2` is tuned, and the learning rate where neither
+ReduceLROnPlateau nor LearningRateScheduler sets it; TerminateOnNaN and CSVLogger are there as well.
+BackupAndRestore wants a subclassed model that is built already (Keras says so). It writes its files
+in place: a process that is killed in that very moment leaves a backup that can't be read.
 """
 MIDDLE = """\
 ## What is refused
