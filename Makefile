@@ -1,6 +1,6 @@
 # Needs Python >= 3.10 and nothing else: the targets install what they use into .venv, once.
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 BIN := $(VENV)/bin
