@@ -58,6 +58,7 @@ class Findings:
 
 
 def untested(why: str) -> Findings:
+    """Findings of a layer that could not be examined, and why."""
     return Findings(*(Finding("not tested", message=why) for _ in range(4)))
 
 
