@@ -1,5 +1,7 @@
 import keras
 import pytest
+import tensorflow as tf
+from tensorflow.python.framework.config import disable_op_determinism
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +18,10 @@ def float64():
     keras.config.set_floatx("float64")
     yield
     keras.config.set_floatx(before)
+
+
+@pytest.fixture
+def determinism():
+    tf.config.experimental.enable_op_determinism()
+    yield
+    disable_op_determinism()

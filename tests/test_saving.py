@@ -9,20 +9,12 @@ import numpy as np
 import pytest
 import stopped_runs
 import tensorflow as tf
-from tensorflow.python.framework.config import disable_op_determinism
 
 import keras_drmad as kd
 from keras_drmad import saving
 
 # The steps of an epoch of `fit` in `stopped_runs`.
 STEPS = 4
-
-
-@pytest.fixture
-def determinism():
-    tf.config.experimental.enable_op_determinism()
-    yield
-    disable_op_determinism()
 
 
 @pytest.mark.slow
