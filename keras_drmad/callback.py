@@ -192,7 +192,6 @@ class DrMADCallback(keras.callbacks.Callback):
             self._outer_loss = OuterLoss(model, self.hyper_data, tuned, self.outer_loss)
             self._method = self._method_for(self.max_batches or steps)
         self._epochs_recorded = 0
-        self._recording = False
         if optimizer.built:
             optimizer.attach(self)
 

@@ -34,6 +34,12 @@ class _Random(keras.layers.Layer):
         )
         setattr(self, name_of_amount, tunable(amount_variable, domain))
 
+    def normal(self, inputs: Any) -> Any:
+        """Standard normal numbers in the shape of the inputs."""
+        return keras.random.normal(
+            ops.shape(inputs), dtype=self.compute_dtype, seed=self.seed_generator
+        )
+
     def compute_output_shape(self, input_shape):
         return input_shape
 
@@ -67,9 +73,7 @@ class GaussianNoise(_Random):
     def call(self, inputs, training=False):
         if not training:
             return inputs
-        noise = keras.random.normal(
-            ops.shape(inputs), dtype=self.compute_dtype, seed=self.seed_generator
-        )
+        noise = self.normal(inputs)
         return inputs + noise * ops.cast(self.stddev, self.compute_dtype)
 
 
@@ -101,9 +105,7 @@ class GaussianDropout(_Random):
     def call(self, inputs, training=False):
         if not training:
             return inputs
-        noise = keras.random.normal(
-            ops.shape(inputs), dtype=self.compute_dtype, seed=self.seed_generator
-        )
+        noise = self.normal(inputs)
         rate = ops.cast(self.rate, self.compute_dtype)
         return inputs * (1.0 + noise * ops.sqrt(rate / (1.0 - rate)))
 
