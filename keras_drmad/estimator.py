@@ -143,7 +143,7 @@ class Estimator:
         self._kept = np.asarray(recorder.kept)
         self._batches = packing.pack(recorder.batches)
         self._run = Run(
-            self._batches.components,
+            self._batches.packed,
             [tf.stack(column) for column in zip(*recorder.seeds, strict=True)],
             tf.stack(recorder.rates),
             optimizer.values(),
@@ -163,9 +163,18 @@ class Estimator:
         """
         loop = self._loop("gauss_newton")
         run = self._run._replace(values=[tf.convert_to_tensor(v) for v in values])
-        rows = tf.constant(_nearest(self._kept, np.arange(self.steps)))
-        path = loop.replay(self._batches, run, first, 0, self.steps, rows)
-        return [array[-1] for array in path.arrays[: len(self.model.trainable_variables)]]
+        chunk = math.isqrt(self.steps) + 1  # so many states are held
+        state = first
+        for start in range(0, self.steps, chunk):
+            steps = min(chunk, self.steps - start)
+            path = loop.replay(self._batches, run, state, start, self._rows(start, chunk), steps)
+            state = [array[steps] for array in path.arrays]
+        return state[: len(self.model.trainable_variables)]
+
+    def _rows(self, start: int, count: int) -> tf.Tensor:
+        """The batches of so many steps; of those beyond the last, the last one's."""
+        steps = np.minimum(np.arange(start, start + count), self.steps - 1)
+        return tf.constant(_nearest(self._kept, steps))
 
     def nbytes(self, setting: Setting) -> int:
         """Bytes that a setting keeps of a run like the finished one, batches and states."""
@@ -209,8 +218,9 @@ class Estimator:
         noted: list[Hypergradients] = []
 
         def recompute(state, start, stop):
-            rows = tf.constant(_nearest(self._kept, np.arange(start, stop)))
-            return loop.replay(self._batches, self._run, state, start, stop, rows)
+            # The state before each step: the last of these steps need not be made again.
+            rows = self._rows(start, width)
+            return loop.replay(self._batches, self._run, state, start, rows, stop - start - 1)
 
         def result(at: int, problem: str = "") -> Hypergradients:
             return Hypergradients(
@@ -242,18 +252,21 @@ class Estimator:
         cuts = {self.steps - mark for mark in marks}
         done = 0
         self.progress(0, len(visits))
+        width = setting.trajectory.longest()
         for segment in setting.trajectory.segments(recompute):
             inside = {c for c in cuts if segment.start < c < segment.stop}
             edges = sorted({max(segment.start, first), segment.stop} | inside)
             for start, stop in zip(edges[-2::-1], edges[:0:-1], strict=True):
-                for here in self._portions(visits[(visits >= start) & (visits < stop)]):
-                    rows = tf.constant(kept[1][_nearest(kept[0], here)])
-                    at = tf.constant(here)
+                here = visits[(visits >= start) & (visits < stop)]
+                padded: np.ndarray = np.resize(here, min(width, len(visits)))  # of one length everywhere
+                at = tf.constant(padded)
+                rows = tf.constant(kept[1][_nearest(kept[0], padded)])
+                for begin, end in self._portions(len(here)):
                     adjoint, walked, norm = loop.walk(
-                        self._batches, self._run, segment.path, at, rows, adjoint, limit
+                        self._batches, self._run, segment.path, at, rows, begin, end, adjoint, limit
                     )
-                    if walked < len(here) or not norm <= limit or not math.isfinite(norm):
-                        lost = int(here[walked - 1])
+                    if walked < end - begin or not norm <= limit or not math.isfinite(norm):
+                        lost = int(here[begin + walked - 1])
                         if setting.curvature != "gauss_newton" and not exact:
                             # On a reconstructed path it is the negative curvature that explodes.
                             setting.trajectory.restore(segment)
@@ -268,22 +281,24 @@ class Estimator:
                         return result(
                             lost, f"the adjoint {what} {self.steps - lost} steps before the end"
                         )
-                    done += len(here)
+                    done += end - begin
                     self.progress(done, len(visits))
                 if start in cuts:
                     noted.append(result(start))
         return result(first)
 
-    def _portions(self, visits: np.ndarray) -> Iterator[np.ndarray]:
-        """The steps in parts that take about a second each, to tell progress in between."""
-        while len(visits):
-            part, visits = visits[: self._portion], visits[self._portion :]
+    def _portions(self, count: int) -> Iterator[tuple[int, int]]:
+        """The visits in parts that take about a second each, to tell progress in between."""
+        begin = 0
+        while begin < count:
+            end = min(count, begin + self._portion)
             started = time.perf_counter()
-            yield part
+            yield begin, end
             seconds = time.perf_counter() - started
-            if len(part) == self._portion:
+            if end - begin == self._portion:
                 wanted = self._portion / max(seconds, 1e-3)
                 self._portion = int(np.clip(wanted, max(1, self._portion // 2), 2 * self._portion))
+            begin = end
 
     def _loop(self, curvature: str) -> ReverseLoop:
         if curvature not in self._loops:

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_drmad import rules
-from keras_drmad.batches import Batches
+from keras_drmad.batches import Batches, Packed
 from keras_drmad.curvature import Curvature
-from keras_drmad.trajectories import Path, State, state_at
+from keras_drmad.trajectories import Dense, Path, State, state_at
 
 Tensors = list[tf.Tensor]
 
@@ -41,7 +41,7 @@ class Adjoint(NamedTuple):
 class Run(NamedTuple):
     """What happened in a training run, as tensors."""
 
-    batches: list[Any]  # packed components
+    batches: Packed
     seeds: Tensors  # (batches, *shape) each: seed states before each batch
     rates: tf.Tensor  # (steps,): the scalar learning rate of each step
     values: Tensors  # of each group, (blocks, *shape): the values trained with
@@ -66,7 +66,8 @@ class ReverseLoop:
         curvature: One of `keras_drmad.curvature`.
         slots: The number of slots of each variable.
         block_of: (position, blocks, horizon) -> the block of a schedule at a step.
-        jit_compile: Whether each step is compiled by XLA.
+        jit_compile: Whether XLA compiles: the whole walk, or each of its steps where the batches
+            come in too many shapes.
     """
 
     loss: TrainLoss
@@ -84,13 +85,15 @@ class ReverseLoop:
         self,
         batches: Batches,
         run: Run,
-        path: Path,
+        path: Path | Dense,
         visits: tf.Tensor,
         rows: tf.Tensor,
+        begin: int,
+        end: int,
         adjoint: Adjoint,
         limit: float = math.inf,
     ) -> tuple[Adjoint, int, float]:
-        """Walk back over the visited steps.
+        """Walk back over the visited steps from the one at `begin` to that before `end`.
 
         Args:
             batches: How to read `run.batches`.
@@ -98,6 +101,7 @@ class ReverseLoop:
             path: States over the visited steps.
             visits: (n,) int64, the steps in the order of the walk, the last first.
             rows: (n,) int64, the index of each visited step's batch.
+            begin, end: Which of the visits to make. (XLA compiles for every n, not for these.)
             adjoint: What was carried and collected so far.
             limit: The walk ends when the norm of the weights' cotangents is above this or not
                 finite.
@@ -105,35 +109,53 @@ class ReverseLoop:
         Returns:
             The adjoint before the visited steps, the number of steps walked, and the last norm.
         """
-        walk = self._graph(batches, "walk", lambda: (
-            _run_spec(run), _long(path), _long(visits), _long(rows), _fixed(adjoint),
-            tf.TensorSpec([], tf.float64),
+        walk = self._graph(batches, f"walk {type(path).__name__}", lambda: (
+            _run_spec(run), _path_spec(path), _long(visits), _long(rows), _COUNT, _COUNT,
+            _fixed(adjoint), tf.TensorSpec([], tf.float64),
         ))  # fmt: skip
-        limit = tf.constant(limit, tf.float64)
-        adjoint, walked, norm = walk(run, path, visits, rows, adjoint, limit)
-        return adjoint, int(walked), float(norm)
+        adjoint, at, norm = walk(
+            run, path, visits, rows, tf.constant(begin), tf.constant(end), adjoint,
+            tf.constant(limit, tf.float64),
+        )  # fmt: skip
+        return adjoint, int(at) - begin, float(norm)
 
     def replay(
-        self, batches: Batches, run: Run, state: State, start: int, stop: int, rows: tf.Tensor
-    ) -> Path:
-        """Recompute the states from step `start` to `stop`, from the state at `start`."""
-        times = tf.range(start, stop + 1, dtype=tf.int64)
+        self, batches: Batches, run: Run, state: State, first: int, rows: tf.Tensor, steps: int
+    ) -> Dense:
+        """Recompute the states before some steps and after the last of them.
+
+        Args:
+            batches, run: As in `walk`.
+            state: The state before step `first`.
+            first: The first step to make.
+            rows: (n,) int64, the index of the batch of each step from there on.
+            steps: How many steps are made, at most n.
+
+        Returns:
+            The states: n + 1 of them, those beyond the last step without meaning.
+        """
         forward = self._graph(batches, "forward", lambda: (
-            _run_spec(run), _fixed(state), _long(times), _long(rows)
+            _run_spec(run), _fixed(state), tf.TensorSpec([], tf.int64), _long(rows), _COUNT
         ))  # fmt: skip
-        return Path(times, forward(run, state, times, rows))
+        at = tf.constant(first, tf.int64)
+        return Dense(at, forward(run, state, at, rows, tf.constant(steps)))
 
     def _graph(self, batches: Batches, name: str, signature: Callable[[], tuple]) -> Callable:
         """The graph of one form of batch; lengths may change from run to run without a trace."""
         key = (name, batches.signature)
         if key not in self._graphs:
-            body: Callable = self._walk if name == "walk" else self._forward
+            body: Callable = self._forward if name == "forward" else self._walk
 
             def traced(*args):
-                self.traces += name == "walk"
-                return body(batches.take, *args)
+                self.traces += name != "forward"
+                return body(batches.apply, *args)
 
-            self._graphs[key] = tf.function(traced, input_signature=signature(), autograph=False)
+            self._graphs[key] = tf.function(
+                traced,
+                input_signature=signature(),
+                autograph=False,
+                jit_compile=self.jit_compile and batches.stacked,
+            )
         return self._graphs[key]
 
     # Inside the graph ----------------------------------------------------------------------------
@@ -141,48 +163,44 @@ class ReverseLoop:
     def _split(self, state: State) -> tuple[Tensors, list[rules.Slots]]:
         return split(state, self.slots)
 
-    def _at_step(self, take, run: Run, t: tf.Tensor, row: tf.Tensor):
-        """What step t was made of: batch, seeds, values, learning rate, number of the update."""
-        batch = take(run.batches, row)
-        seeds = [seed[row] for seed in run.seeds]
+    def _at_step(self, run: Run, t: tf.Tensor, row: tf.Tensor):
+        """What step t was made with: seeds, values, learning rate, number of the update."""
+        seeds = [tf.gather(seed, row) for seed in run.seeds]
         at = [self.block_of(t, array.shape[0], run.horizon) for array in run.values]
         values = [tf.gather(array, i) for array, i in zip(run.values, at, strict=True)]
-        return batch, seeds, at, values, run.rates[t], run.iteration + t + 1
+        return seeds, at, values, tf.gather(run.rates, t), run.iteration + t + 1
 
-    def _walk(self, take, run, path, visits, rows, adjoint, limit):
+    def _walk(self, apply, run, path, visits, rows, begin, end, adjoint, limit):
         def body(i, norm, adjoint):
-            t = visits[i]
-            batch, seeds, at, values, rate, count = self._at_step(take, run, t, rows[i])
-            new, l_bar, h_bar = self._compiled(self._step)(
-                state_at(path, t),
-                adjoint.weights,
-                adjoint.slots,
-                values,
-                run.tuned,
-                seeds,
-                batch,
-                rate,
-                count,
-            )
+            t, row = tf.gather(visits, i), tf.gather(rows, i)
+            seeds, at, values, rate, count = self._at_step(run, t, row)
+            state = state_at(path, t)
+
+            def step(batch):
+                return self._compiled(self._step)(
+                    state, adjoint.weights, adjoint.slots, values, run.tuned, seeds, batch, rate,
+                    count,
+                )  # fmt: skip
+
+            new, l_bar, h_bar = apply(run.batches, row, step)
             n = len(adjoint.weights)
             norm = tf.cast(tf.linalg.global_norm(new[:n]), tf.float64)
             collected = [
-                tf.tensor_scatter_nd_add(total, block[None, None], part[None])
+                _add_at(total, block, part)
                 for total, block, part in zip(adjoint.values, at, l_bar, strict=True)
             ]
             tuned = [a + b for a, b in zip(adjoint.tuned, h_bar, strict=True)]
             return i + 1, norm, Adjoint(new[:n], new[n:], collected, tuned)
 
-        count = tf.shape(visits)[0]
-        walked, norm, adjoint = tf.while_loop(
+        at, norm, adjoint = tf.while_loop(
             lambda i, norm, _: tf.logical_and(
-                i < count, tf.logical_and(norm <= limit, tf.math.is_finite(norm))
+                i < end, tf.logical_and(norm <= limit, tf.math.is_finite(norm))
             ),
             body,
-            (tf.constant(0), tf.constant(0.0, tf.float64), adjoint),
+            (begin, tf.constant(0.0, tf.float64), adjoint),
             parallel_iterations=1,
         )
-        return adjoint, walked, norm
+        return adjoint, at, norm
 
     def _compiled(self, function: Callable) -> Callable:
         if not self.jit_compile:
@@ -212,17 +230,21 @@ class ReverseLoop:
         new = [new[i] + curved[i] if i < len(weights) else new[i] for i in range(n)]
         return new, l_bar, h_bar
 
-    def _forward(self, take, run, state, times, rows):
-        steps = tf.shape(rows)[0]
+    def _forward(self, apply, run, state, first, rows, steps):
         arrays = [
-            tf.TensorArray(x.dtype, steps + 1, element_shape=x.shape).write(0, x) for x in state
+            tf.TensorArray(x.dtype, tf.shape(rows)[0] + 1, element_shape=x.shape).write(0, x)
+            for x in state
         ]
 
         def body(i, state, arrays):
-            t = times[i]
-            batch, seeds, _, values, rate, count = self._at_step(take, run, t, rows[i])
-            state = self._compiled(self._training_step)(
-                state, values, run.tuned, seeds, batch, rate, count
+            t, row = first + tf.cast(i, tf.int64), tf.gather(rows, i)
+            seeds, _, values, rate, count = self._at_step(run, t, row)
+            state = apply(
+                run.batches,
+                row,
+                lambda batch: self._compiled(self._training_step)(
+                    state, values, run.tuned, seeds, batch, rate, count
+                ),
             )
             written = [a.write(i + 1, x) for a, x in zip(arrays, state, strict=True)]
             return i + 1, state, written
@@ -256,6 +278,15 @@ def split(state: State, slots: Sequence[int]) -> tuple[Tensors, list[rules.Slots
     return weights, grouped
 
 
+def _add_at(total: tf.Tensor, block: tf.Tensor, part: tf.Tensor) -> tf.Tensor:
+    if total.shape[0] == 1:
+        return total + part[None]
+    return tf.tensor_scatter_nd_add(total, block[None, None], part[None])
+
+
+_COUNT = tf.TensorSpec([], tf.int32)
+
+
 def _fixed(tree: Any) -> Any:
     return tf.nest.map_structure(lambda x: tf.TensorSpec(x.shape, x.dtype), tree)
 
@@ -263,6 +294,12 @@ def _fixed(tree: Any) -> Any:
 def _long(tree: Any) -> Any:
     """Specs for tensors whose first dimension counts steps, batches or anchors: it may change."""
     return tf.nest.map_structure(lambda x: tf.TensorSpec([None, *x.shape[1:]], x.dtype), tree)
+
+
+def _path_spec(path: Path | Dense) -> Path | Dense:
+    if isinstance(path, Dense):
+        return Dense(_fixed(path.first), _long(path.arrays))
+    return _long(path)
 
 
 def _run_spec(run: Run) -> Run:

@@ -25,30 +25,39 @@ class Path(NamedTuple):
     arrays: list[tf.Tensor]  # of each tensor of the state, (anchors, *shape)
 
 
+class Dense(NamedTuple):
+    """The state at every step."""
+
+    first: tf.Tensor  # int64: the step of the first state
+    arrays: list[tf.Tensor]  # of each tensor of the state, (steps or more, *shape)
+
+
 class Segment(NamedTuple):
     """The steps `start <= t < stop`, and the path over them."""
 
     start: int
     stop: int
-    path: Path
+    path: Path | Dense
 
 
-# Recomputes the states from a step to another: (state at start, start, stop) -> Path.
-Recompute = Callable[[State, int, int], Path]
+# Recomputes the states start <= t < stop: (state at start, start, stop) -> Dense.
+Recompute = Callable[[State, int, int], Dense]
 
 
-def state_at(path: Path, t: tf.Tensor) -> State:
+def state_at(path: Path | Dense, t: tf.Tensor) -> State:
     """The state at step t, a scalar int64 within the path; exact at an anchor."""
+    if isinstance(path, Dense):
+        return [tf.gather(array, t - path.first) for array in path.arrays]
     last = tf.shape(path.times, tf.int64)[0] - 1
-    before = tf.searchsorted(path.times, t[None], side="right", out_type=tf.int64)[0] - 1
+    before = tf.reduce_sum(tf.cast(path.times <= t, tf.int64)) - 1
     before = tf.clip_by_value(before, 0, tf.maximum(last - 1, 0))
     after = tf.minimum(before + 1, last)
-    start, stop = path.times[before], path.times[after]
+    start, stop = tf.gather(path.times, before), tf.gather(path.times, after)
     part = tf.cast(t - start, tf.float64) / tf.cast(tf.maximum(stop - start, 1), tf.float64)
     state = []
     for array in path.arrays:
         right = tf.cast(part, array.dtype)
-        state.append((1 - right) * array[before] + right * array[after])
+        state.append((1 - right) * tf.gather(array, before) + right * tf.gather(array, after))
     return state
 
 
@@ -89,16 +98,28 @@ class Trajectory(abc.ABC):
 
     def segments(self, recompute: Recompute) -> Iterator[Segment]:
         """The run in segments, the last first. What is handed out is forgotten."""
+        times, arrays = self._take()
+        yield Segment(times[0], times[-1], Path(tf.constant(times, tf.int64), arrays))
+
+    def longest(self) -> int:
+        """Steps of the longest segment."""
+        return self.times[-1] - self.times[0]
+
+    def _take(self) -> tuple[list[int], list[tf.Tensor]]:
+        """The times, and of each tensor of the state those kept; all is forgotten."""
         times, self.times = self.times, []
         states, self.states = self.states, []
-        yield Segment(times[0], times[-1], _path(times, states))
+        # Tensor by tensor, letting go of what has been copied.
+        tensors = range(len(states[0]))[::-1]
+        return times, [tf.stack([state.pop(i) for state in states]) for i in tensors][::-1]
 
     @abc.abstractmethod
     def copies(self, steps: int) -> int:
         """How many copies of the state a run of so many steps needs, the walk included."""
 
     def restore(self, segment: Segment) -> None:
-        """Take back the one segment that was handed out, to walk it again."""
+        """Take back the one segment of a reconstructed path, to walk it again."""
+        assert isinstance(segment.path, Path)
         self.times = segment.path.times.numpy().tolist()
         self.states = [[array[i] for array in segment.path.arrays] for i in range(len(self.times))]
 
@@ -135,6 +156,10 @@ class Stored(Trajectory):
 
     def copies(self, steps: int) -> int:
         return steps + 1
+
+    def segments(self, recompute: Recompute) -> Iterator[Segment]:
+        times, arrays = self._take()
+        yield Segment(times[0], times[-1], Dense(tf.constant(times[0], tf.int64), arrays))
 
 
 class Piecewise(Trajectory):
@@ -244,10 +269,17 @@ class Replay(Piecewise):
         if self._default and steps is not None:
             self.anchors = max(2, math.isqrt(steps - first) + 1)
         super().begin(steps, first)
+        if steps is not None:
+            # Segments of one length, but for the last: graphs for XLA are compiled for a length.
+            stride = max(1, math.ceil((steps - first) / (self.anchors - 1)))
+            self._chosen = set(range(first, steps, stride))
 
     def copies(self, steps: int) -> int:
         anchors = max(2, math.isqrt(steps) + 1) if self._default else self.anchors
         return anchors + math.ceil(steps / (anchors - 1))
+
+    def longest(self) -> int:
+        return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
 
     def segments(self, recompute: Recompute) -> Iterator[Segment]:
         stop = self.times.pop()
@@ -257,14 +289,6 @@ class Replay(Piecewise):
             if start < stop:
                 yield Segment(start, stop, recompute(self.states.pop(), start, stop))
                 stop = start
-
-
-def _path(times: list[int], states: list[State]) -> Path:
-    arrays = []
-    for i in reversed(range(len(states[0]))):
-        # Tensor by tensor, letting go of what has been copied.
-        arrays.append(tf.stack([state.pop(i) for state in states]))
-    return Path(tf.constant(times, tf.int64), arrays[::-1])
 
 
 _NAMED: dict[str, type[Trajectory]] = {c.name: c for c in (Linear, Piecewise, Replay, Stored)}

@@ -24,7 +24,7 @@ class Checked(kd.trajectories.Stored):
 
     def segments(self, recompute):
         states, first, last = list(map(list, self.states)), self.times[0], self.times[-1]
-        path = recompute(list(states[0]), first, last)
+        path = recompute(list(states[0]), first, last + 1)  # to the state after the last step
         moved = False
         for i, replayed in enumerate(path.arrays):
             stored = np.stack([state[i] for state in states])
@@ -114,7 +114,7 @@ class Saved:
             variable.assign(value)
 
 
-def assert_derivative(model, saved, record, train, outer, tolerance=1e-6) -> None:
+def assert_derivative(model, saved, record, train, outer, tolerance=1e-6, step=1e-5) -> None:
     """The record agrees with central differences of the whole training along one direction.
 
     Args:
@@ -123,13 +123,15 @@ def assert_derivative(model, saved, record, train, outer, tolerance=1e-6) -> Non
         record: The record.
         train: Trains through that horizon without the callback.
         outer: The outer loss now.
+        tolerance: Relative.
+        step: Of the differences, in raw values.
     """
     optimizer = model.optimizer
     # Moving statistics at the end are constants of the outer loss.
     constants = [(v, v.numpy()) for v in model.non_trainable_variables]
     rng = np.random.default_rng(5)
     directions = [rng.normal(size=raw.shape) for raw in optimizer.raw_variables]
-    expected, step = 0.0, 1e-5
+    expected = 0.0
     for sign in (1, -1):
         saved.restore()
         for raw, direction in zip(optimizer.raw_variables, directions, strict=True):

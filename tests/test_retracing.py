@@ -20,8 +20,8 @@ HYPER = rng.normal(size=(20, 4)), rng.integers(0, 3, 20)
         (dict(trajectory="piecewise", window=0.7, reverse_steps=3), SMALLER_LAST, 1),
         (dict(trajectory="replay"), SMALLER_LAST, 1),
         (dict(trajectory="linear", horizon=2, restart=True, hyper_batch_size=8), SMALLER_LAST, 1),
-        # One for each curvature that it compares.
-        (dict(trajectory="auto"), SMALLER_LAST, 2),
+        # Every state with the Hessian; and straight lines, with both curvatures.
+        (dict(trajectory="auto"), SMALLER_LAST, 3),
     ],
     ids=["linear, even batches", "linear", "piecewise", "replay", "restart", "auto"],
 )
