@@ -84,7 +84,8 @@ class DrMADCallback(keras.callbacks.Callback):
             compiled loss. Defaults to `None`.
         hyper_batch_size: Examples per batch of the outer loss, where arrays are passed. Defaults
             to 1024.
-        jit_compile: Whether a reverse step is compiled by XLA. Defaults to `False`.
+        jit_compile: Whether XLA compiles the reverse pass. `"auto"` tries it once reverse passes
+            have taken some 10 seconds, and stays with what is faster. Defaults to `"auto"`.
         log_dir: The folder on which TensorBoard is started; what is written goes to its subfolder
             `drmad`. Or a `kd.tensorboard.Writer`. Defaults to `None`: nothing is written.
 
@@ -111,7 +112,7 @@ class DrMADCallback(keras.callbacks.Callback):
         max_step: float = 1.0,
         outer_loss: str | keras.losses.Loss | None = None,
         hyper_batch_size: int = 1024,
-        jit_compile: bool = False,
+        jit_compile: bool | str = "auto",
         log_dir: str | os.PathLike | tensorboard.Writer | None = None,
     ):
         super().__init__()
@@ -119,9 +120,9 @@ class DrMADCallback(keras.callbacks.Callback):
             raise ValueError(f"`restart` is False, True or 'fresh'. Received: restart={restart!r}")
         if curvature is not None:
             curvatures.get(curvature)
-        if not isinstance(jit_compile, bool):
-            raise TypeError(
-                f"`jit_compile` is True or False. Received: jit_compile={jit_compile!r}"
+        if not isinstance(jit_compile, (bool, str)) or jit_compile not in (True, False, "auto"):
+            raise ValueError(
+                f"`jit_compile` is True, False or 'auto'. Received: jit_compile={jit_compile!r}"
             )
         batch_size = checks.positive_int(hyper_batch_size, "hyper_batch_size")
         self.hyper_data = data_of.batches_of(hyper_data, batch_size)

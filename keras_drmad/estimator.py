@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from keras_drmad import batches as packing
 from keras_drmad import curvature as curvatures
+from keras_drmad.compilation import Compilation
 from keras_drmad.objectives import OuterLoss, TrainingLoss, seed_variables
 from keras_drmad.optimizers import block_of
 from keras_drmad.recorder import Recorder
@@ -82,21 +83,25 @@ class Estimator:
     Args:
         model: A compiled model with an optimizer of `keras_drmad.optimizers`.
         tuned: Variables of the model or its loss that are tuned.
-        jit_compile: Whether a reverse step is compiled by XLA.
+        jit_compile: Whether walks are compiled by XLA; `"auto"` is whichever is faster.
+
+    Raises:
+        ValueError: if XLA is asked for, where it would draw other random numbers than `fit` did.
     """
 
     def __init__(
         self,
         model: keras.Model,
         tuned: Sequence[keras.Variable] = (),
-        jit_compile: bool = False,
+        jit_compile: bool | str = "auto",
     ):
-        self.model, self.tuned, self.jit_compile = model, list(tuned), jit_compile
+        self.model, self.tuned = model, list(tuned)
+        self._compilation = _compilation(model, jit_compile)
         self.recorder = Recorder(model)
         # Called with the number of steps visited so far and of all, now and then in a walk.
         self.progress: Callable[[int, int], None] = lambda done, total: None
         self._portion = 8
-        self._loops: dict[str, ReverseLoop] = {}
+        self._loops: dict[tuple[str, bool], ReverseLoop] = {}
 
     @property
     def traces(self) -> int:
@@ -161,7 +166,7 @@ class Estimator:
             first: The state before the first step.
             values: Of each group, (blocks, *shape).
         """
-        loop = self._loop("gauss_newton")
+        loop = self._loop("gauss_newton", self._compilation.use("rerun"))
         run = self._run._replace(values=[tf.convert_to_tensor(v) for v in values])
         chunk = math.isqrt(self.steps) + 1  # so many states are held
         state = first
@@ -200,7 +205,8 @@ class Estimator:
             marks: Numbers of last steps after which to note what has been collected.
         """
         started = time.perf_counter()
-        loop = self._loop(setting.curvature)
+        compiled = self._compilation.use(str(setting))
+        loop = self._loop(setting.curvature, compiled)
         exact = setting.trajectory.exact
         kept = self._thinned(setting)
         loss, weights_bar, tuned_bar = self.outer
@@ -258,7 +264,9 @@ class Estimator:
             edges = sorted({max(segment.start, first), segment.stop} | inside)
             for start, stop in zip(edges[-2::-1], edges[:0:-1], strict=True):
                 here = visits[(visits >= start) & (visits < stop)]
-                padded: np.ndarray = np.resize(here, min(width, len(visits)))  # of one length everywhere
+                padded: np.ndarray = np.resize(
+                    here, min(width, len(visits))
+                )  # of one length everywhere
                 at = tf.constant(padded)
                 rows = tf.constant(kept[1][_nearest(kept[0], padded)])
                 for begin, end in self._portions(len(here)):
@@ -285,7 +293,11 @@ class Estimator:
                     self.progress(done, len(visits))
                 if start in cuts:
                     noted.append(result(start))
-        return result(first)
+        found = result(first)
+        self._compilation.note(str(setting), compiled, found.seconds, len(visits))
+        if loop.refused:
+            self._compilation.possible = False
+        return found
 
     def _portions(self, count: int) -> Iterator[tuple[int, int]]:
         """The visits in parts that take about a second each, to tell progress in between."""
@@ -300,23 +312,22 @@ class Estimator:
                 self._portion = int(np.clip(wanted, max(1, self._portion // 2), 2 * self._portion))
             begin = end
 
-    def _loop(self, curvature: str) -> ReverseLoop:
-        if curvature not in self._loops:
+    def _loop(self, curvature: str, compiled: bool) -> ReverseLoop:
+        """The graphs for a curvature."""
+        key = curvature, compiled
+        if key not in self._loops:
             optimizer = self.model.optimizer
-            self._loops[curvature] = ReverseLoop(
+            auto = self._compilation.asked == "auto"
+            self._loops[key] = ReverseLoop(
                 TrainingLoss(self.model, self.tuned),
                 optimizer.pure_update,
                 curvatures.get(curvature),
                 [len(slots) for slots in optimizer.slot_variables],
                 block_of,
-                self.jit_compile or self._draws_by_xla(),
+                compiled,
+                self._loop(curvature, False) if compiled and auto else None,
             )
-        return self._loops[curvature]
-
-    def _draws_by_xla(self) -> bool:
-        """Whether `fit` draws dropout masks by XLA: the same seed gives others elsewhere."""
-        model = self.model
-        return bool(model.jit_compile and not model.run_eagerly and seed_variables(model))
+        return self._loops[key]
 
     def _thinned(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
         """The steps whose batches serve this setting, and where these lie among those kept."""
@@ -325,6 +336,21 @@ class Estimator:
             rows = rows[self._kept >= setting.first(self._planned or self.steps)]
             rows = rows[:: max(1, math.ceil(len(rows) / setting.max_batches))]
         return self._kept[rows], rows
+
+
+def _compilation(model: keras.Model, asked: bool | str) -> Compilation:
+    """XLA draws other random numbers from a seed than plain graphs: a walk goes as `fit` went."""
+    if not seed_variables(model):
+        return Compilation(asked)
+    if model.jit_compile and not model.run_eagerly:
+        return Compilation(True)
+    if asked is True:
+        raise ValueError(
+            "`jit_compile=True` of the reverse pass would draw other dropout masks (or noise) than "
+            "the training, which is not compiled by XLA. Compile the model with jit_compile=True "
+            "as well, or leave the reverse pass to jit_compile='auto'."
+        )
+    return Compilation(False)
 
 
 def amount(asked: Amount, total: int) -> int:

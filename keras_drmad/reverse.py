@@ -68,6 +68,7 @@ class ReverseLoop:
         block_of: (position, blocks, horizon) -> the block of a schedule at a step.
         jit_compile: Whether XLA compiles: the whole walk, or each of its steps where the batches
             come in too many shapes.
+        plain: What takes over where XLA can't compile; None is to raise.
     """
 
     loss: TrainLoss
@@ -76,9 +77,11 @@ class ReverseLoop:
     slots: Sequence[int]
     block_of: Callable[[tf.Tensor, int, tf.Tensor], tf.Tensor]
     jit_compile: bool = False
+    plain: ReverseLoop | None = None
 
     def __post_init__(self) -> None:
         self.traces = 0
+        self.refused = ""  # why XLA can't compile
         self._graphs: dict[Any, Callable] = {}
 
     def walk(
@@ -109,13 +112,13 @@ class ReverseLoop:
         Returns:
             The adjoint before the visited steps, the number of steps walked, and the last norm.
         """
-        walk = self._graph(batches, f"walk {type(path).__name__}", lambda: (
+        signature = (
             _run_spec(run), _path_spec(path), _long(visits), _long(rows), _COUNT, _COUNT,
             _fixed(adjoint), tf.TensorSpec([], tf.float64),
-        ))  # fmt: skip
-        adjoint, at, norm = walk(
-            run, path, visits, rows, tf.constant(begin), tf.constant(end), adjoint,
-            tf.constant(limit, tf.float64),
+        )  # fmt: skip
+        adjoint, at, norm = self._call(
+            batches, f"walk {type(path).__name__}", signature, run, path, visits, rows,
+            tf.constant(begin), tf.constant(end), adjoint, tf.constant(limit, tf.float64),
         )  # fmt: skip
         return adjoint, int(at) - begin, float(norm)
 
@@ -134,13 +137,30 @@ class ReverseLoop:
         Returns:
             The states: n + 1 of them, those beyond the last step without meaning.
         """
-        forward = self._graph(batches, "forward", lambda: (
-            _run_spec(run), _fixed(state), tf.TensorSpec([], tf.int64), _long(rows), _COUNT
-        ))  # fmt: skip
         at = tf.constant(first, tf.int64)
-        return Dense(at, forward(run, state, at, rows, tf.constant(steps)))
+        signature = (_run_spec(run), _fixed(state), _fixed(at), _long(rows), _COUNT)
+        arrays = self._call(
+            batches, "forward", signature, run, state, at, rows, tf.constant(steps)
+        )  # fmt: skip
+        return Dense(at, arrays)
 
-    def _graph(self, batches: Batches, name: str, signature: Callable[[], tuple]) -> Callable:
+    def _call(self, batches: Batches, name: str, signature: tuple, *args: Any) -> Any:
+        if not self.refused:
+            try:
+                return self._graph(batches, name, signature)(*args)
+            except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+                if not self.jit_compile or "XLA" not in str(error):
+                    raise
+                if self.plain is None:
+                    raise ValueError(
+                        "XLA can't compile the reverse pass of this model, as jit_compile=True "
+                        "asks. Pass jit_compile='auto' or False. It says: " + str(error)
+                    ) from error
+                self.refused = str(error)
+        assert self.plain is not None
+        return self.plain._call(batches, name, signature, *args)
+
+    def _graph(self, batches: Batches, name: str, signature: tuple) -> Callable:
         """The graph of one form of batch; lengths may change from run to run without a trace."""
         key = (name, batches.signature)
         if key not in self._graphs:
@@ -152,7 +172,7 @@ class ReverseLoop:
 
             self._graphs[key] = tf.function(
                 traced,
-                input_signature=signature(),
+                input_signature=signature,
                 autograph=False,
                 jit_compile=self.jit_compile and batches.stacked,
             )

@@ -40,8 +40,9 @@ ROOMS = {
     "recorder": "batches objectives trajectories | keras tensorflow",
     "curvature": "normalization objectives | tensorflow",
     "reverse": "batches curvature rules trajectories | tensorflow",
+    "compilation": "| tensorflow",
     "estimator": (
-        "base_optimizer batches curvature normalization objectives optimizers recorder reverse "
+        "base_optimizer batches compilation curvature normalization objectives optimizers recorder reverse "
         "trajectories | keras numpy tensorflow"
     ),
     "fidelity": "estimator objectives trajectories | keras numpy",

@@ -1,0 +1,67 @@
+"""Whether reverse walks are compiled by XLA: as the user asks, or whichever is measured faster.
+
+XLA halves the time of a walk through a small dense net, and lengthens that through a small
+convolutional net on a CPU. Compiling takes seconds, which a short run never gets back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tensorflow.python.framework.config import is_op_determinism_enabled
+
+
+@dataclass
+class _Pace:
+    """Seconds per step of walks of one kind."""
+
+    plain: float = math.inf
+    compiled: float = math.inf
+    spent: float = 0.0  # seconds in plain walks
+    tried: bool = False  # whether a walk was compiled, which took its time
+
+
+class Compilation:
+    """Decides before each walk.
+
+    With `"auto"` walks are plain graphs until these have taken as long as a compilation may. Then
+    the next two walks of that kind are compiled, the first to compile and the second to measure,
+    and all later ones go the faster way. The clock decides, so two runs may differ in their last
+    digits; with `tf.config.experimental.enable_op_determinism` walks stay plain.
+
+    Args:
+        asked: True, False or `"auto"`.
+        possible: Whether `"auto"` may choose XLA.
+    """
+
+    WORTH = 10.0  # seconds in plain walks before XLA is tried
+
+    def __init__(self, asked: bool | str, possible: bool = True):
+        self.asked, self.possible = asked, possible
+        self._paces: dict[str, _Pace] = {}
+
+    def use(self, kind: str) -> bool:
+        """Whether the next walk of a kind is to be compiled."""
+        if self.asked != "auto":
+            return bool(self.asked)
+        if not self.possible or is_op_determinism_enabled():
+            return False
+        pace = self._pace(kind)
+        if pace.spent < self.WORTH:
+            return False
+        return math.isinf(pace.compiled) or pace.compiled < pace.plain
+
+    def note(self, kind: str, compiled: bool, seconds: float, steps: int) -> None:
+        """What a walk took."""
+        pace = self._pace(kind)
+        if not compiled:
+            pace.spent += seconds
+            pace.plain = min(pace.plain, seconds / steps)
+        elif pace.tried:
+            pace.compiled = min(pace.compiled, seconds / steps)
+        else:
+            pace.tried = True
+
+    def _pace(self, kind: str) -> _Pace:
+        return self._paces.setdefault(kind, _Pace())

@@ -1,0 +1,104 @@
+"""XLA compiles the reverse pass where asked or where it is faster, and changes no number."""
+
+import fits
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_drmad as kd
+from keras_drmad.compilation import Compilation
+
+BATCH = 4
+EXAMPLES = 14  # a smaller last batch in each epoch
+
+
+def fit(examples=EXAMPLES, layer=None, **arguments):
+    """Two updates of a small net."""
+    fits.start()
+    inner = [] if layer is None else [layer]
+    net = [keras.layers.Dense(4, "tanh"), *inner, keras.layers.Dense(fits.CLASSES)]
+    model = keras.Sequential([keras.Input((5,)), *net])
+    fits.compiled(model)
+    (x, y), hyper = fits.examples(examples), fits.examples(9, seed=1)
+    callback = fits.callback(hyper, **arguments)
+    model.fit(x, y, BATCH, epochs=2, shuffle=False, verbose=0, callbacks=[callback])
+    return callback
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(trajectory="replay", curvature="hessian"),
+        dict(trajectory=kd.trajectories.Piecewise(3), curvature="gauss_newton", reverse_steps=3),
+    ],
+    ids=["replay", "piecewise"],
+)
+def test_a_compiled_walk_collects_the_same(float64, arguments):
+    plain, compiled = fit(jit_compile=False, **arguments), fit(jit_compile=True, **arguments)
+    fits.assert_same_updates(compiled, plain, 1e-10)
+    loops = compiled._estimator._loops
+    assert all(on for _, on in loops) and len(loops) == 1
+
+
+def test_auto_stays_plain_in_a_short_run():
+    callback = fit(trajectory="linear")
+    assert not any(on for _, on in callback._estimator._loops)
+
+
+def test_auto_compiles_once_plain_walks_have_taken_long(monkeypatch, float64):
+    monkeypatch.setattr(Compilation, "WORTH", 0.0)
+    callback = fit(trajectory="linear")
+    assert any(on for _, on in callback._estimator._loops)
+    monkeypatch.undo()
+    fits.assert_same_updates(callback, fit(trajectory="linear", jit_compile=False), 1e-10)
+
+
+class Foreign(keras.layers.Layer):
+    """Does nothing, by an operation that XLA does not have."""
+
+    def call(self, x):
+        zero = tf.numpy_function(lambda a: 0.0 * a, [tf.stop_gradient(x)], x.dtype)
+        return x + tf.ensure_shape(zero, x.shape)
+
+
+def test_what_xla_cannot_compile_is_walked_plainly(monkeypatch, float64):
+    monkeypatch.setattr(Compilation, "WORTH", 0.0)
+    callback = fit(layer=Foreign(), trajectory="linear", curvature="gauss_newton")
+    assert callback._estimator._loops["gauss_newton", True].refused
+    assert not callback._estimator._compilation.possible
+    monkeypatch.undo()
+    fits.assert_same_updates(callback, fit(trajectory="linear", curvature="gauss_newton"), 1e-9)
+
+
+def test_what_xla_cannot_compile_is_refused_where_xla_is_asked_for():
+    with pytest.raises(ValueError, match="jit_compile='auto' or False"):
+        fit(layer=Foreign(), trajectory="linear", jit_compile=True)
+
+
+def test_masks_that_would_differ_are_refused():
+    with pytest.raises(ValueError, match="other dropout masks"):
+        fit(layer=keras.layers.Dropout(0.5), trajectory="linear", jit_compile=True)
+
+
+def test_the_faster_way_is_taken():
+    for seconds, faster in ((5.0, True), (20.0, False)):
+        choice = Compilation("auto")
+        used = []
+        for _ in range(5):
+            compiled = choice.use("linear")
+            used.append(compiled)
+            # The first compiled walk takes time to compile.
+            took = seconds + 30.0 * (used.count(True) == 1) if compiled else 11.0
+            choice.note("linear", compiled, took, 1000)
+        assert used == [False, True, True, faster, faster]
+        assert not choice.use("replay")
+    assert Compilation(True).use("linear") and not Compilation(False).use("linear")
+    assert not Compilation("auto", possible=False).use("linear")
+
+
+def test_under_determinism_the_clock_decides_nothing(determinism):
+    choice = Compilation("auto")
+    choice.note("linear", False, 100.0, 1000)
+    assert not choice.use("linear")
+    assert np.isinf(choice._pace("linear").compiled)
