@@ -3,6 +3,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
+CONSTRAINTS :=
 BIN := $(VENV)/bin
 SETUP := setup.cfg setup.py pyproject.toml
 
@@ -11,7 +12,7 @@ export TF_FORCE_GPU_ALLOW_GROWTH ?= true
 export MPLBACKEND ?= Agg
 export KERAS_BACKEND = tensorflow
 
-.PHONY: demo test test-fast lint types format
+.PHONY: demo test test-fast test-oldest lint types format
 
 demo: $(VENV)/examples.stamp
 	mkdir -p out
@@ -28,6 +29,11 @@ test: $(VENV)/test.stamp
 test-fast: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
 
+# Against the lowest versions that setup.cfg admits. They want Python 3.10 to 3.12:
+# make test-oldest PYTHON=python3.11
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=tests/oldest.txt
+
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -40,8 +46,8 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff format
 
 # A stamp is the name of an extra, installed.
-$(VENV)/%.stamp: $(SETUP)
+$(VENV)/%.stamp: $(SETUP) $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=--constraint %) --editable ".[$*]"
 	touch $@

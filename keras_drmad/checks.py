@@ -167,7 +167,9 @@ def check_curvature(model: keras.Model, curvature: str) -> None:
     layers = [
         layer
         for layer in model._flatten_layers()
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable and layer.renorm
+        if isinstance(layer, keras.layers.BatchNormalization)
+        and layer.trainable
+        and getattr(layer, "renorm", False)  # older Keras does not have it
     ]
     if layers:
         raise ValueError(

@@ -2,13 +2,15 @@
 
     python tests/test_compatibility.py
 
-writes that page from what the fits below do.
+writes that page from what the fits below do, and keeps its last section, "Versions".
 """
 
 from __future__ import annotations
 
+import configparser
 import functools
 import itertools
+import re
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -25,7 +27,9 @@ from keras import layers
 import keras_drmad as kd
 from keras_drmad.recorder import _StandIn
 
-PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "compatibility.md"
+VERSIONS = "## Versions"  # the section at the end of the page, written by hand
 EPOCHS = 2  # an update after each
 Case = dict[str, str]
 
@@ -219,7 +223,7 @@ def training_data(case: Case) -> dict[str, Any]:
 
     def generator():
         while True:
-            yield from Batches(arrays, size)
+            yield from map(Batches(arrays, size).__getitem__, range(steps))
 
     match case["data"]:
         case "arrays":
@@ -256,7 +260,9 @@ def optimizer_of(case: Case) -> keras.optimizers.Optimizer:
 def compile_model(model: keras.Model, case: Case) -> None:
     outputs = 2 if case["model"] == "two inputs, two outputs" else 1
     option = {
-        "weighted metrics": dict(weighted_metrics=[["accuracy"]] * outputs),
+        "weighted metrics": dict(
+            weighted_metrics=["accuracy"] if outputs == 1 else [["accuracy"]] * 2
+        ),
         "loss weights": dict(loss_weights=[0.7, 0.4][:outputs]),
     }
     run = {
@@ -385,13 +391,15 @@ def page(found: list[str]) -> str:
     cut = len(WORKING)
     return "\n".join(
         [HEAD, *head_of([*FACTORS, "found"]), *rows[:cut], "", MIDDLE,
-         *head_of(["setting", "message"]), *rows[cut:], ""]
+         *head_of(["setting", "message"]), *rows[cut:], "", ""]
     )  # fmt: skip
 
 
 @functools.cache
-def written() -> list[str]:
-    return PAGE.read_text(encoding="utf-8").splitlines()
+def written() -> tuple[list[str], str]:
+    """The lines of the page as it is, and its section on versions."""
+    found, title, versions = PAGE.read_text(encoding="utf-8").partition(VERSIONS)
+    return found.splitlines(), title + versions
 
 
 def test_every_pair_is_there():
@@ -404,15 +412,27 @@ def test_every_pair_is_there():
 def test_the_page_says_what_happens(case):
     found = outcome(case)
     assert (found == "works") == (case in WORKING)
-    assert line(case, found) in written()
+    assert line(case, found) in written()[0]
 
 
 def test_the_page_says_nothing_else():
     """Around the rows stands what `page` writes there, and there are as many rows as cases."""
     expected = page(["works"] * len(CASES)).splitlines()
-    assert len(written()) == len(expected)
-    for found, wanted in zip(written(), expected, strict=True):
+    assert len(written()[0]) == len(expected)
+    for found, wanted in zip(written()[0], expected, strict=True):
         assert found == wanted or found.startswith(wanted.removesuffix("works |"))
+
+
+def test_the_oldest_versions_are_those_that_are_admitted():
+    """`make test-oldest` tests what setup.cfg promises, and the page says so."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    lowest = dict(x.split(">=") for x in setup["options"]["install_requires"].split())
+    constraints = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8")
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", constraints, re.MULTILINE))
+    for package, version in lowest.items():
+        assert pinned[package].startswith(f"{version}.")
+        assert f" {pinned[package]} " in written()[1]
 
 
 def write() -> None:
@@ -420,7 +440,7 @@ def write() -> None:
     for case in CASES:
         found.append(outcome(case))
         print(line(case, found[-1]), flush=True)
-    PAGE.write_text(page(found), encoding="utf-8")
+    PAGE.write_text(page(found) + written()[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

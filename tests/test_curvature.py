@@ -36,6 +36,13 @@ def squared_error(z, y):
     return tf.reduce_mean((z - tf.one_hot(y, UNITS, dtype=z.dtype)) ** 2)
 
 
+def activity_penalty(z):
+    """Newer Keras averages it over the batch, older Keras adds it up: of N ones it makes 1 or N."""
+    layer = keras.layers.ActivityRegularization(l2=1.0)
+    layer(np.ones((N, 1)))
+    return REGULARIZER * float(layer.losses[0]) / N * tf.reduce_sum(z**2)
+
+
 def dense_net(weights, x):
     w1, b1, w2, b2 = weights
     return tf.tanh(x @ w1 + b1) @ w2 + b2
@@ -209,9 +216,7 @@ CASES = {
         one_hot,
         plain,
         untuned(squared_error),
-        lambda weights, tuned: (
-            REGULARIZER / N * tf.reduce_sum(dense_net(weights, example()[0]) ** 2)
-        ),
+        lambda weights, tuned: activity_penalty(dense_net(weights, example()[0])),
     ),
     "kernel_regularizer": Case(
         net(from_logits, kernel_regularizer=keras.regularizers.L2(REGULARIZER)),

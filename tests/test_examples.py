@@ -1,9 +1,11 @@
 """Every example runs as its docstring says, on fewer images."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -58,6 +60,57 @@ def test_cifar10(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "cifar10_schedules.png").stat().st_size > 1000
 
 
+def test_nets_of_cifar10():
+    """ResNet-20 has 0.27 million weights, as in its paper."""
+    example = runpy.run_path(str(EXAMPLES / "cifar10.py"))
+    counts = {name: example["compiled_net"](name, 0.1, 0.0, 0).count_params() for name in
+              example["NETS"]}  # fmt: skip
+    assert counts == {"cnn": 34_170, "vgg": 205_242, "resnet20": 274_042}
+
+
+def test_cifar10_with_another_net(monkeypatch, capsys, tmp_path):
+    results = tmp_path / "results.json"
+    results.write_text('{"kept": 1}')
+    run(
+        monkeypatch, capsys, "cifar10.py", "--data-dir", data_dir("cifar10"), "--model", "vgg",
+        "--train", 64, "--hyper", 32, "--test", 64, "--batch-size", 32, "--epochs", 1,
+        "--norm-momentum", 0.9, "--out", tmp_path, "--results", results,
+    )  # fmt: skip
+    results = json.loads(results.read_text())
+    assert set(results) == {"kept", "vgg, momentum 0.9, seed 0"}
+    found = results["vgg, momentum 0.9, seed 0"]
+    assert found["accepted"] == 1
+    # 6 convolutions, as many normalizations, 2 dense layers.
+    assert len(found["learning_rate"]) == 14
+    assert found["tuned by DrMAD"]["images"] == found["untuned"]["images"] == 64
+    assert found["untuned, hyper images added"]["images"] == 96
+
+
+def test_imagenet(monkeypatch, capsys, tmp_path):
+    """Random images through the real pipeline; a few layers in the place of ResNet-50."""
+    made = []
+
+    def small(weights, input_tensor, classes, classifier_activation):
+        made.append((weights, classifier_activation))
+        layers = keras.layers
+        x = layers.BatchNormalization()(layers.Conv2D(4, 3, strides=2)(input_tensor))
+        x = layers.Dense(classes)(layers.GlobalAveragePooling2D()(layers.ReLU()(x)))
+        return keras.Model(keras.utils.get_source_inputs(input_tensor), x)
+
+    monkeypatch.setattr(keras.applications, "ResNet50", small)
+    results = tmp_path / "results.json"
+    printed = run(
+        monkeypatch, capsys, "imagenet.py", "--fake-data", "--image-size", 32, "--batch-size", 4,
+        "--steps", 6, "--updates", 2, "--window", 4, "--reverse-steps", 2, "--max-batches", 2,
+        "--results", results,
+    )  # fmt: skip
+    assert made == [(None, None)]
+    assert "validation images: accuracy" in printed
+    found = json.loads(results.read_text())["tuned, 6 steps"]
+    assert found["accepted"] == 2
+    assert found["tuned"] == 5  # rates of three layers, L2 of two
+
+
 def row(printed: str, name: str) -> list[float]:
     """The numbers at the end of the table's line that begins with a name."""
     line = next(line for line in printed.splitlines() if line.startswith(name))
@@ -94,3 +147,31 @@ def test_fine_tuning(monkeypatch, capsys):
     start, tuned = row(printed, "as they start"), row(printed, "tuned ")
     assert tuned[0] < start[0]
     assert tuned[1] > start[1]
+
+
+def test_mnist(monkeypatch, capsys, tmp_path):
+    printed = run(
+        monkeypatch, capsys, "mnist.py", "--data-dir", data_dir("mnist"), "--train", 1000,
+        "--hyper", 300, "--epochs", 3, "--updates", 3, "--outer", "sign:0.3", "--no-jit",
+        "--out", tmp_path,
+    )  # fmt: skip
+    updates = [line for line in printed.splitlines() if "updates: outer loss" in line]
+    losses = [float(line.split()[4].strip(",")) for line in updates]
+    assert len(losses) == 4  # the start, and after each update
+    assert losses[-1] < losses[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"mnist_l2.png", "mnist_test_error.png"}
+
+
+def test_mnist_schedules(monkeypatch, capsys, tmp_path):
+    printed = run(
+        monkeypatch, capsys, "mnist_schedules.py", "--data-dir", data_dir("mnist"),
+        "--train", 1000, "--hyper", 300, "--updates", 8, "--outer-step", 0.3, "--no-jit",
+        "--out", tmp_path,
+    )  # fmt: skip
+    updates = [line for line in printed.splitlines() if "updates: outer loss" in line]
+    losses = [float(line.split()[4].strip(",")) for line in updates]
+    assert len(losses) == 9
+    assert losses[-1] < losses[0]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mnist_schedules.png", "mnist_schedules_test_error.png",
+    }  # fmt: skip

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from versions import cases
 
 import keras_drmad as kd
 from keras_drmad.checks import check_curvature
@@ -124,7 +125,9 @@ def model_with(make, shape=IMAGE):
     x = inputs = keras.Input(shape)
     x = layers.Dense(4, "tanh", name="before")(x)
     layer = make()
-    return keras.Model(inputs, layer([x, x] if isinstance(layer, layers.Attention) else x))
+    if isinstance(layer, layers.Attention):
+        x = [layers.Reshape((16, 4))(x)] * 2
+    return keras.Model(inputs, layer(x))
 
 
 def checked(*args, **kwargs):
@@ -171,7 +174,7 @@ def test_what_is_found_is_what_is_known(name):
     assert accepted(model, "finite_difference")
 
 
-@pytest.mark.parametrize("name", NO_GRADIENT)
+@pytest.mark.parametrize("name", cases(NO_GRADIENT))
 def test_without_a_right_gradient_no_curvature_suits(name):
     report, after = checked(model_with(NO_GRADIENT[name]))
     assert not after[0].findings.gradient.ok
@@ -404,7 +407,7 @@ REFUSED = {  # name: a layer, the curvatures that are refused
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", cases(REFUSED))
 def test_what_is_known_to_be_wrong_is_refused_by_name(name):
     make, refused = REFUSED[name]
     model = model_with(make)

@@ -95,7 +95,7 @@ def penalized():
             keras.Input((5,)),
             layers.Dense(4, "tanh", kernel_regularizer=l2, activity_regularizer=l2),
             Uneven(),
-            layers.Dense(3, bias_regularizer=keras.regularizers.L1(0.01)),
+            layers.Dense(3, bias_regularizer=keras.regularizers.L1L2(0.01)),
         ]
     )
 
@@ -108,10 +108,12 @@ class Model:
         shape: Of an example.
         tokens: Whether inputs are whole numbers from 0.
         outer: Whether the outer loss is what `evaluate` says: not where a model has penalties.
+        step: Of the finite differences.
     """
 
-    def __init__(self, make, shape=(5,), tokens=False, outer=True):
+    def __init__(self, make, shape=(5,), tokens=False, outer=True, step=1e-5):
         self.make, self.shape, self.tokens, self.outer = make, shape, tokens, outer
+        self.step = step
 
     def data(self, count, seed):
         x, y = fits.examples(count, self.shape, seed)
@@ -155,7 +157,8 @@ MODELS = {
         ),
         (3, 2),
     ),
-    "attention": Model(Attention, (5,), tokens=True),
+    # Where all is masked, Keras 3.8 adds -1e9 to the scores: 1e-7 of them is lost, even in float64.
+    "attention": Model(Attention, (5,), tokens=True, step=3e-4),
 }
 
 
@@ -190,7 +193,7 @@ def test_every_model_is_followed_exactly(float64, name):
     np.testing.assert_allclose(record.outer_loss, outer_loss(), rtol=1e-12)
     if not row.outer:
         assert model.evaluate(*hyper, verbose=0) > record.outer_loss + 1e-3
-    fits.assert_derivative(model, saved, record, train, outer_loss)
+    fits.assert_derivative(model, saved, record, train, outer_loss, step=row.step)
 
 
 class Small(keras.Model):

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from versions import cases
 
 from keras_drmad.normalization import exact_moments, uncorrected_layers
 
@@ -167,7 +168,7 @@ def test_second_derivatives_of_a_transformer_block_are_right_only_inside_the_con
     assert p.error(tf.function(p.product)()) < 1e-6
 
 
-@pytest.mark.parametrize("name", NOT_STOPPED)
+@pytest.mark.parametrize("name", cases(NOT_STOPPED))
 def test_other_normalizations_are_right_anyway(name):
     p = problem(*NOT_STOPPED[name])
     assert p.error(p.product(exact=False)) < 1e-6
@@ -190,7 +191,7 @@ def test_batch_normalization_with_a_mask_is_right_anyway(masked):
     assert p.error(p.product()) < 1e-6
 
 
-@pytest.mark.parametrize("name", [*STOPPED, *NOT_STOPPED])
+@pytest.mark.parametrize("name", cases([*STOPPED, *NOT_STOPPED]))
 def test_values_and_first_derivatives_stay_the_same(name):
     p = problem(*{**STOPPED, **NOT_STOPPED}[name])
     value, gradient = p.forward(p.weights), flat(p.gradient(p.weights))
@@ -301,7 +302,7 @@ def test_threads_whose_contexts_overlap():
     assert tf.nn.moments is before
 
 
-@pytest.mark.parametrize("name", UNCORRECTED)
+@pytest.mark.parametrize("name", cases(UNCORRECTED))
 def test_uncorrected_layers_are_wrong_and_named(name):
     p = problem(*UNCORRECTED[name])
     assert p.error(p.product()) > 1e-2
@@ -324,7 +325,7 @@ def test_softsign_is_named():
     assert uncorrected_layers(keras.Sequential([layers.LSTM(2, "softsign", name="r")]))[0] == "r"
 
 
-@pytest.mark.parametrize("name", [*STOPPED, *NOT_STOPPED])
+@pytest.mark.parametrize("name", cases([*STOPPED, *NOT_STOPPED]))
 def test_corrected_layers_are_not_named(name):
     assert uncorrected_layers(problem(*{**STOPPED, **NOT_STOPPED}[name]).model) == []
 

@@ -1,0 +1,372 @@
+"""What everything costs, in training steps: reverse steps, recording, compiling, memory, scaling.
+
+    python benchmarks/speed.py --part steps       # reverse steps and updates of three nets
+    python benchmarks/speed.py --part scaling     # against T, weights, hyperparameters
+    python benchmarks/speed.py --part memory      # peak memory against T, in processes of their own
+    python benchmarks/speed.py --tables           # of what was measured
+    python benchmarks/speed.py --figure docs/images/performance.png
+
+Unit of time is one training step in a graph, of the same run and in the same process: the faster of
+a plain `tf.while_loop` and one compiled by XLA. Time is CPU time of the process with one thread
+for the operations, which other work on the machine disturbs least. Everything is measured in turn,
+several rounds, and medians are given. Results are merged into docs/results/speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_drmad as kd
+from keras_drmad import trajectories
+from keras_drmad.compilation import Compilation
+from keras_drmad.estimator import Estimator, Setting
+from keras_drmad.objectives import OuterLoss
+
+RESULTS = pathlib.Path(__file__).resolve().parent.parent / "docs/results/speed.json"
+TRAJECTORIES = ("linear", "piecewise", "stored", "replay")
+CURVATURES = ("gauss_newton", "hessian", "finite_difference")
+# A product from scratch, and with the gradient of the step, which a tuned rate needs; in training
+# steps, by counting matrix products (the first layer needs no derivative for its input).
+FLOORS = {"mlp": {"gauss_newton": 1.53, "hessian": 2.17}}
+
+
+# Nets and data -----------------------------------------------------------------------------------
+
+
+def net(name: str, width: int = 50) -> tuple[keras.Model, tuple[int, ...], int, int]:
+    """A model; the shape of an example; classes; and the size of a batch."""
+    layers = keras.layers
+    if name == "mlp":
+        hidden = [layers.Dense(width, activation="tanh") for _ in range(3)]
+        return keras.Sequential([keras.Input((784,)), *hidden, layers.Dense(10)]), (784,), 10, 50
+    if name == "conv":
+        blocks = []
+        for filters in (16, 32, 64):
+            blocks += [
+                layers.Conv2D(filters, 3, padding="same", use_bias=False),
+                layers.BatchNormalization(),
+                layers.ReLU(),
+                layers.MaxPooling2D(),
+            ]
+        model = keras.Sequential(
+            [keras.Input((32, 32, 3)), *blocks, layers.Flatten(), layers.Dense(10)]
+        )
+        return model, (32, 32, 3), 10, 64
+    tokens = keras.Input((32,), dtype="int32")
+    x = layers.Embedding(500, 32)(tokens)
+    x = layers.LayerNormalization()(x + layers.MultiHeadAttention(2, 16)(x, x))
+    x = layers.LayerNormalization()(x + layers.Dense(32)(layers.Dense(64, "gelu")(x)))
+    x = layers.Dense(4)(layers.GlobalAveragePooling1D()(x))
+    return keras.Model(tokens, x), (32,), 4, 32
+
+
+def grains(name: str) -> dict:
+    """Hyperparameters: a few hundred to a thousand."""
+    if name == "all":
+        return dict(l2=kd.Hyperparameter(1e-4, per="weight"))
+    if name == "one":
+        return dict(l2=kd.Hyperparameter(1e-4))
+    return dict(l2=kd.Hyperparameter(1e-4, per="input" if name == "mlp" else "neuron"))
+
+
+class Case:
+    """A compiled model with random data of its shapes, recorded and walked at will."""
+
+    def __init__(self, name: str, steps: int, tuned: str | None = None, width: int = 50):
+        keras.utils.set_random_seed(0)
+        self.steps = steps
+        self.model, shape, classes, self.size = net(name, width)
+        rate = kd.Hyperparameter(0.01, per="layer")
+        self.model.compile(
+            kd.optimizers.SGD(rate, momentum=0.9, **grains(tuned or name)),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            jit_compile=False,
+        )
+        self.model.optimizer.build(self.model.trainable_variables)
+        rng = np.random.default_rng(0)
+        count = min(steps, 200) * self.size
+        if name == "tokens":
+            x = rng.integers(0, 500, (count, *shape))
+        else:
+            x = rng.normal(size=(count, *shape)).astype("float32")
+        data = tf.data.Dataset.from_tensor_slices((x, rng.integers(0, classes, count)))
+        data = data.batch(self.size, drop_remainder=True).cache()
+        self.data = data.repeat().take(steps)
+        self.outer = OuterLoss(self.model, list(data.take(8)))
+        self.estimator = Estimator(self.model, jit_compile=False)
+        self.start = self.model.get_weights(), [v.numpy() for v in self.model.optimizer.variables]
+
+    def fit(self, *callbacks: keras.callbacks.Callback) -> float:
+        """Seconds of an epoch, from the same start."""
+        self.model.set_weights(self.start[0])
+        for variable, value in zip(self.model.optimizer.variables, self.start[1], strict=True):
+            variable.assign(value)
+        started = time.process_time()
+        self.model.fit(self.data, verbose=0, shuffle=False, callbacks=list(callbacks))
+        return time.process_time() - started
+
+    def record(self, settings: list[Setting]) -> float:
+        """Seconds to pack what an epoch left."""
+        self.estimator.begin(self.steps, settings)
+        self.fit(Armed(self.estimator))
+        started = time.process_time()
+        self.estimator.finish(self.outer)
+        return time.process_time() - started
+
+    def walk(self, setting: Setting, compiled: bool) -> float:
+        """Seconds of a walk."""
+        self.estimator._compilation = Compilation(compiled)
+        started = time.process_time()
+        found = self.estimator.walk(setting)
+        seconds = time.process_time() - started
+        if found.problem:
+            raise RuntimeError(f"{setting}: {found.problem}")
+        return seconds
+
+    def train(self, compiled: bool) -> float:
+        """Seconds of the recorded run once more, in one graph that keeps no state."""
+        estimator = self.estimator
+        if not hasattr(self, "_train"):
+            loop = estimator._loop("gauss_newton", False)
+            apply, steps = estimator._batches.apply, self.steps
+
+            def train(run, state):
+                def body(i, state):
+                    seeds, _, values, rate, count = loop._at_step(run, tf.cast(i, tf.int64), i)
+                    return i + 1, apply(
+                        run.batches, i, lambda batch: loop._training_step(
+                            state, values, run.tuned, seeds, batch, rate, count)
+                    )  # fmt: skip
+
+                return tf.while_loop(
+                    lambda i, _: i < steps, body, (tf.constant(0), state), parallel_iterations=1
+                )[1]
+
+            self._train = {
+                on: tf.function(train, jit_compile=on, autograph=False) for on in (False, True)
+            }
+        state = estimator.recorder.snapshot()
+        started = time.process_time()
+        self._train[compiled](estimator._run, state)[0].numpy()
+        return time.process_time() - started
+
+
+class Armed(keras.callbacks.Callback):
+    """Records every step."""
+
+    def __init__(self, estimator: Estimator):
+        super().__init__()
+        self.estimator = estimator
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.estimator.arm(lambda spec: None)
+
+
+def settings_of(pairs) -> dict[tuple[str, str, bool], Setting]:
+    """A setting, with a trajectory of its own, for each (trajectory, curvature, compiled)."""
+    return {pair: Setting(trajectories.get(pair[0]), pair[1]) for pair in pairs}
+
+
+def way(compiled: bool) -> str:
+    return "XLA" if compiled else "plain"
+
+
+# Parts -------------------------------------------------------------------------------------------
+
+
+def steps(name: str, count: int, rounds: int) -> dict:
+    """Reverse steps by every setting, compile times, recording, whole updates."""
+    case = Case(name, count)
+    pairs = [
+        (t, c, on) for t in TRAJECTORIES for c in CURVATURES for on in (False, True)
+        if c != "finite_difference" or t == "linear"
+    ]  # fmt: skip
+    took: dict[str, list[float]] = {}
+    first: dict[str, float] = {}
+
+    def note(key: str, seconds: float) -> None:
+        if key in first:
+            took.setdefault(key, []).append(seconds)
+        else:
+            first[key] = seconds
+
+    for _ in range(rounds + 1):
+        for pair, setting in settings_of(pairs).items():
+            note("pack", case.record([setting]))
+            note(f"{pair[0]}, {pair[1]}, {way(pair[2])}", case.walk(setting, pair[2]))
+            if pair[0] == "linear" and pair[1] == "gauss_newton":
+                note(f"train, {way(pair[2])}", case.train(pair[2]))
+        # Adjacent, so that what else the machine does falls on both.
+        bound = Setting(trajectories.get("linear"), "gauss_newton", max_batches=50)
+        for _ in range(3):
+            note("fit", case.fit())
+            case.estimator.begin(count, [bound])
+            note("fit, recorded", case.fit(Armed(case.estimator)))
+            note("pack, 50 batches", _seconds(lambda: case.estimator.finish(case.outer)))
+    median = {key: statistics.median(seconds) for key, seconds in took.items()}
+    unit = min(median["train, plain"], median["train, XLA"])
+    pairs_of_fits = zip(took["fit, recorded"], took["fit"], strict=True)
+    return {
+        "steps": count,
+        "rounds": rounds,
+        "weights": case.model.count_params(),
+        "hyperparameters": sum(int(np.prod(v.shape)) for v in case.model.optimizer.raw_variables),
+        "in_training_steps": {key: value / unit for key, value in median.items()},
+        "spread": {key: (min(s) / unit, max(s) / unit) for key, s in took.items()},
+        "recording_overhead": statistics.median(a / b for a, b in pairs_of_fits) - 1.0,
+        "first_seconds": {k: first[k] - median[k] for k in first if k.endswith(("plain", "XLA"))},
+    }
+
+
+def _seconds(function) -> float:
+    started = time.process_time()
+    function()
+    return time.process_time() - started
+
+
+def scaling(rounds: int) -> dict:
+    """A linear and a replayed walk against steps, weights and hyperparameters, for the MLP."""
+    found: dict[str, dict] = {"steps": {}, "weights": {}, "hyperparameters": {}}
+    for count in (200, 600, 2000, 6000, 20000):
+        found["steps"][count] = _ratios(Case("mlp", count), rounds if count < 5000 else 1)
+    for width in (12, 50, 400, 1800):
+        case = Case("mlp", 40 if width > 100 else 200, width=width)
+        found["weights"][case.model.count_params()] = _ratios(case, rounds)
+    for grain in ("one", "mlp", "conv", "all"):
+        case = Case("mlp", 200, tuned=grain)
+        count = sum(int(np.prod(v.shape)) for v in case.model.optimizer.raw_variables)
+        found["hyperparameters"][count] = _ratios(case, rounds)
+    return found
+
+
+def _ratios(case: Case, rounds: int) -> dict[str, float]:
+    """In training steps of the same case; compiled."""
+    pairs = [("linear", "gauss_newton", True), ("replay", "hessian", True)]
+    took: dict[str, list[float]] = {}
+    for i in range(rounds + 1):
+        for pair, setting in settings_of(pairs).items():
+            case.record([setting])
+            seconds = {f"{pair[0]}, {pair[1]}": case.walk(setting, True), "train": case.train(True)}
+            for key, value in seconds.items():
+                took.setdefault(key, []).extend([value] * (i > 0))
+    median = {key: statistics.median(seconds) for key, seconds in took.items()}
+    return {key: value / median["train"] for key, value in median.items()}
+
+
+def memory(name: str) -> dict:
+    """Peak resident memory over that of the untrained program, in MB, against T."""
+    found: dict[str, dict[int, float]] = {}
+    for trajectory in ("fit alone", "linear", "replay", "stored"):
+        for count in (200, 1000, 5000, 20000):
+            if trajectory in ("replay", "stored") and count > 5000:
+                continue
+            command = [sys.executable, __file__, "--peak", name, trajectory, str(count)]
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found.setdefault(trajectory, {})[count] = json.loads(out.splitlines()[-1])
+            print(trajectory, count, found[trajectory][count], flush=True)
+    return found
+
+
+def peak(name: str, trajectory: str, count: int) -> None:
+    """Print the peak of one program: two updates of so many steps."""
+    case = Case(name, count)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    kept = 0.0
+    for _ in range(2):
+        if trajectory == "fit alone":
+            case.fit()
+            continue
+        curvature = "gauss_newton" if trajectory == "linear" else "hessian"
+        bound = 200 if trajectory == "linear" else None
+        setting = Setting(trajectories.get(trajectory), curvature, max_batches=bound)
+        case.record([setting])
+        kept = case.estimator.nbytes(setting) / 2**20
+        case.walk(setting, False)
+        case.estimator.forget()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"start": before, "peak": after, "kept": kept}))
+
+
+# Results -----------------------------------------------------------------------------------------
+
+
+def merge(part: str, found: dict) -> None:
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[part] = {**results.get(part, {}), **found}
+    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def tables() -> None:
+    results = json.loads(RESULTS.read_text())
+    for name, row in results.get("steps", {}).items():
+        cost = row["in_training_steps"]
+        print(f"\n{name}: {row['weights']:,} weights, {row['hyperparameters']:,} hyperparameters, "
+              f"T = {row['steps']}, medians of {row['rounds']} rounds\n")  # fmt: skip
+        print("| trajectory | curvature | plain | XLA | compiling, s (plain, XLA) |")
+        print("| --- | --- | --- | --- | --- |")
+        for key in cost:
+            if not key.endswith(", plain") or key.startswith("train"):
+                continue
+            kind = key.removesuffix(", plain")
+            compiling = [row["first_seconds"][f"{kind}, {on}"] for on in ("plain", "XLA")]
+            print(f"| {kind.replace(', ', ' | ')} | {cost[key]:.2f} | {cost[kind + ', XLA']:.2f} | "
+                  f"{compiling[0]:.1f}, {compiling[1]:.1f} |")  # fmt: skip
+        for key in ("train, plain", "train, XLA", "fit", "fit, recorded", "pack"):
+            print(f"{key}: {cost[key]:.2f}")
+        print(f"recording overhead: {row['recording_overhead']:+.1%}")
+    for axis, rows in results.get("scaling", {}).items():
+        print(f"\n| {axis} | linear, gauss_newton | replay, hessian |\n| --- | --- | --- |")
+        for count in sorted(rows, key=int):
+            row = rows[count]
+            print(f"| {int(count):,} | {row['linear, gauss_newton']:.2f} | "
+                  f"{row['replay, hessian']:.2f} |")  # fmt: skip
+    for name, rows in results.get("memory", {}).items():
+        print(f"\n{name}\n\n| | T | peak, MB | over the start, MB | kept, MB |")
+        print("| --- | --- | --- | --- | --- |")
+        for kind, of in rows.items():
+            for count in sorted(of, key=int):
+                row = of[count]
+                print(f"| {kind} | {count} | {row['peak']:.0f} | {row['peak'] - row['start']:.0f} "
+                      f"| {row['kept']:.1f} |")  # fmt: skip
+
+
+def main() -> None:
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=("steps", "scaling", "memory"), action="append")
+    parser.add_argument("--nets", nargs="+", default=["mlp", "conv", "tokens"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--figure", type=pathlib.Path)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        name, trajectory, count = arguments.peak
+        peak(name, trajectory, int(count))
+        return
+    for part in arguments.part or ():
+        if part == "scaling":
+            merge(part, scaling(max(1, arguments.rounds // 2)))
+        else:
+            for name in arguments.nets:
+                count = {"mlp": 400, "conv": 60, "tokens": 100}[name]
+                found = steps(name, count, arguments.rounds) if part == "steps" else memory(name)
+                merge(part, {name: found})
+    if arguments.part or arguments.tables:
+        tables()
+
+
+if __name__ == "__main__":
+    main()
