@@ -42,8 +42,8 @@ ROOMS = {
     "reverse": "batches curvature rules trajectories | tensorflow",
     "compilation": "| tensorflow",
     "estimator": (
-        "base_optimizer batches compilation curvature normalization objectives optimizers recorder reverse "
-        "trajectories | keras numpy tensorflow"
+        "base_optimizer batches compilation curvature normalization objectives optimizers "
+        "recorder reverse trajectories | keras numpy tensorflow"
     ),
     "fidelity": "estimator objectives trajectories | keras numpy",
     "restart": "objectives | keras tensorflow",
