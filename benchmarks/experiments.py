@@ -37,6 +37,7 @@ L2 = {
     "scale, Adam 0.15: linear, Gauss-Newton": "--tune scales --outer adam:0.15",
     "L2, steps of 0.14: linear, Gauss-Newton": "--outer sign:0.14",
     "L2, Adam 0.3: linear, Gauss-Newton": "--outer adam:0.3",
+    "no tuning, scales of exp(0.2)": "--tune scales --updates 0 --log-scale 0.2",
     "no tuning, L2 lower by a factor of exp(8)": "--updates 0 --log-penalty -12",
 }
 # name -> options of examples/mnist_schedules.py
@@ -62,7 +63,9 @@ def run_l2(options: list[str], data: list) -> dict:
 
     arguments = mnist.parser().parse_args(options)
     drmad, watch = mnist.run(arguments, data)
-    result = {**_common(drmad, watch), "walk_per_training": round(watch.walk_per_training(), 2)}
+    result = _common(drmad, watch)
+    if arguments.updates > 1:  # the first walk is traced
+        result["walk_per_training"] = round(watch.walk_per_training(), 2)
     if arguments.seed == 0:
         result["l2_of_pixels"] = rounded(
             mnist.penalties(drmad.history[-1], arguments.log_penalty), 3
@@ -114,13 +117,14 @@ def measure(part: str, settings: dict, run: Callable, data: list, seeds: int, on
 def table(results: dict, settings: dict, last: tuple[str, Callable]) -> str:
     """One row for each setting that was measured; the last column is of one kind of experiment."""
     head = ["setting", "test error at the start", "after the updates", "mean of seeds",
-            "outer loss", "skipped updates", last[0]]  # fmt: skip
+            "last five nets", "outer loss", "skipped updates", last[0]]  # fmt: skip
     rows = [head, ["---"] * len(head)]
     for setting in settings:
         runs = list(results.get(setting, {"seeds": {}})["seeds"].values())
         if not runs:
             continue
         first, after = (np.array([r["test_error"][i] for r in runs]) for i in (0, -1))
+        five = np.mean([r["test_error"][-5:] for r in runs if len(r["test_error"]) > 5] or np.nan)
         losses = [np.mean([r["outer_loss"][i] for r in runs]) for i in (0, -1)]
         rows.append(
             [
@@ -128,6 +132,7 @@ def table(results: dict, settings: dict, last: tuple[str, Callable]) -> str:
                 ", ".join(f"{100 * e:.1f}" for e in first),
                 ", ".join(f"{100 * e:.2f}" for e in after),
                 f"{first.mean():.1%} → **{after.mean():.2%}**".replace("%", " %"),
+                "" if np.isnan(five) else f"{five:.2%}".replace("%", " %"),
                 f"{losses[0]:.3f} → {losses[1]:.3f}",
                 str(sum(r["skipped"] for r in runs)),
                 last[1](runs),
@@ -137,7 +142,8 @@ def table(results: dict, settings: dict, last: tuple[str, Callable]) -> str:
 
 
 def seconds(runs: list[dict]) -> str:
-    return f"{np.median([r['walk_per_training'] for r in runs]):.2f}"
+    found = [r["walk_per_training"] for r in runs if "walk_per_training" in r]
+    return f"{np.median(found):.2f}" if found else ""
 
 
 def cosines(runs: list[dict]) -> str:

@@ -187,6 +187,7 @@ def drmad(problem: Problem, short: bool = True, trajectory: str = "replay") -> N
         restart=True,
         trajectory=trajectory,
         hyper_batch_size=2000,
+        jit_compile=False,  # as training, so that CPU seconds compare
     )
     problem.restart()  # the callback starts from the weights that it sees first
     problem.fit(horizon, [callback])  # tracing, as for the others, is not part of the race

@@ -52,6 +52,7 @@ class Run(NamedTuple):
 
 # (weights, slots, gradients, values, learning_rate, t) -> (weights, slots)
 Update = Callable[..., tuple[Tensors, list[rules.Slots]]]
+Signature = Callable[[], tuple]  # made once for each graph
 # (weights, tuned, seeds, batch) -> objectives.Forward
 TrainLoss = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor], Tensors, Any], Any]
 
@@ -112,10 +113,13 @@ class ReverseLoop:
         Returns:
             The adjoint before the visited steps, the number of steps walked, and the last norm.
         """
-        signature = (
-            _run_spec(run), _path_spec(path), _long(visits), _long(rows), _COUNT, _COUNT,
-            _fixed(adjoint), tf.TensorSpec([], tf.float64),
-        )  # fmt: skip
+
+        def signature():
+            return (
+                _run_spec(run), _path_spec(path), _long(visits), _long(rows), _COUNT, _COUNT,
+                _fixed(adjoint), tf.TensorSpec([], tf.float64),
+            )  # fmt: skip
+
         adjoint, at, norm = self._call(
             batches, f"walk {type(path).__name__}", signature, run, path, visits, rows,
             tf.constant(begin), tf.constant(end), adjoint, tf.constant(limit, tf.float64),
@@ -138,16 +142,19 @@ class ReverseLoop:
             The states: n + 1 of them, those beyond the last step without meaning.
         """
         at = tf.constant(first, tf.int64)
-        signature = (_run_spec(run), _fixed(state), _fixed(at), _long(rows), _COUNT)
+
+        def signature():
+            return (_run_spec(run), _fixed(state), _fixed(at), _long(rows), _COUNT)
+
         arrays = self._call(
             batches, "forward", signature, run, state, at, rows, tf.constant(steps)
         )  # fmt: skip
         return Dense(at, arrays)
 
-    def _call(self, batches: Batches, name: str, signature: tuple, *args: Any) -> Any:
+    def _call(self, batches: Batches, name: str, signature: Signature, *args: Any) -> Any:
         if not self.refused:
             try:
-                return self._graph(batches, name, signature)(*args)
+                return self._graph(batches, name, signature)(*tf.nest.flatten(args))
             except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
                 if not self.jit_compile or "XLA" not in str(error):
                     raise
@@ -160,22 +167,24 @@ class ReverseLoop:
         assert self.plain is not None
         return self.plain._call(batches, name, signature, *args)
 
-    def _graph(self, batches: Batches, name: str, signature: tuple) -> Callable:
+    def _graph(self, batches: Batches, name: str, signature: Signature) -> Callable:
         """The graph of one form of batch; lengths may change from run to run without a trace."""
         key = (name, batches.signature)
         if key not in self._graphs:
             body: Callable = self._forward if name == "forward" else self._walk
+            specs = signature()
 
-            def traced(*args):
+            # A hundred tensors are passed. Flat, to one trace, they take a fraction of the time.
+            def traced(*flat):
                 self.traces += name != "forward"
-                return body(batches.apply, *args)
+                return body(batches.apply, *tf.nest.pack_sequence_as(specs, flat))
 
             self._graphs[key] = tf.function(
                 traced,
-                input_signature=signature,
+                input_signature=tf.nest.flatten(specs),
                 autograph=False,
                 jit_compile=self.jit_compile and batches.stacked,
-            )
+            ).get_concrete_function()
         return self._graphs[key]
 
     # Inside the graph ----------------------------------------------------------------------------

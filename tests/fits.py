@@ -40,7 +40,9 @@ def assert_near(found, expected, tolerance=1e-9) -> None:
     tf.nest.assert_same_structure(found, expected)
     for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(expected), strict=True):
         assert np.shape(a) == np.shape(b)
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.max(np.abs(b)), 1e-8))
+        a, b = np.asarray(a, "float64"), np.asarray(b, "float64")  # older numpy: no bfloat16
+        # What is zero but for rounding: sums of terms of about 1 differ by some 1e-16.
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.max(np.abs(b)), 1e-6))
 
 
 def assert_same_updates(callback, other, tolerance=1e-9) -> None:

@@ -95,7 +95,7 @@ def test_imagenet(monkeypatch, capsys, tmp_path):
         layers = keras.layers
         x = layers.BatchNormalization()(layers.Conv2D(4, 3, strides=2)(input_tensor))
         x = layers.Dense(classes)(layers.GlobalAveragePooling2D()(layers.ReLU()(x)))
-        return keras.Model(keras.utils.get_source_inputs(input_tensor), x)
+        return keras.Model(*keras.utils.get_source_inputs(input_tensor), x)
 
     monkeypatch.setattr(keras.applications, "ResNet50", small)
     results = tmp_path / "results.json"
@@ -152,12 +152,12 @@ def test_fine_tuning(monkeypatch, capsys):
 def test_mnist(monkeypatch, capsys, tmp_path):
     printed = run(
         monkeypatch, capsys, "mnist.py", "--data-dir", data_dir("mnist"), "--train", 1000,
-        "--hyper", 300, "--epochs", 3, "--updates", 3, "--outer", "sign:0.3", "--no-jit",
+        "--hyper", 300, "--epochs", 3, "--updates", 6, "--outer", "sign:0.3", "--no-jit",
         "--out", tmp_path,
     )  # fmt: skip
     updates = [line for line in printed.splitlines() if "updates: outer loss" in line]
     losses = [float(line.split()[4].strip(",")) for line in updates]
-    assert len(losses) == 4  # the start, and after each update
+    assert len(losses) == 7  # the start, and after each update
     assert losses[-1] < losses[0]
     assert {path.name for path in tmp_path.iterdir()} == {"mnist_l2.png", "mnist_test_error.png"}
 
