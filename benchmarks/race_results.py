@@ -26,6 +26,7 @@ _STYLES = {
     "DrMAD": ("tab:blue", "-"),
     "DrMAD, per neuron": ("tab:blue", "--"),
     "DrMAD, full trainings": ("tab:cyan", "-"),
+    "DrMAD, linear": ("tab:red", "-"),
 }
 
 
@@ -162,5 +163,8 @@ def figure(results: Sequence[dict]):
             ax.set_xlabel(f"{count}, in full trainings")
             ax.set_ylabel("best validation loss so far")
             ax.set_title(data)
-    axes[0][0].legend(fontsize=8)
+    handles: dict[str, object] = {}
+    for ax in axes.flat:  # not every method ran on every data set
+        handles.update(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    drawing.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize=8)
     return drawing
