@@ -169,7 +169,7 @@ def error_figure(results: dict) -> Figure:
     axes = figure.subplots()
     for setting, found in results.items():
         runs = [r["test_error"] for r in found["seeds"].values()]
-        if runs:
+        if runs and len(runs[0]) > 1:
             axes.plot(100 * np.mean(runs, 0), "o-", markersize=3, label=setting)
     axes.set(xlabel="updates", ylabel="test error (%)", ylim=(0, None))
     axes.grid(alpha=0.3)
@@ -182,7 +182,8 @@ def figures(results: dict, folder: Path) -> None:
     import mnist_schedules
 
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = results["l2"]["L2, Adam 0.3: linear, Gauss-Newton"]["seeds"]["0"]["l2_of_pixels"]
+    redrawn = "scale, steps of 0.07, images redrawn: linear, Gauss-Newton"
+    pixels = results["l2"][redrawn]["seeds"]["0"]["l2_of_pixels"]
     of_steps = results["schedules"]["per layer and step, replay (exact)"]["seeds"]["0"]
     for name, figure in (
         ("l2", mnist.image_of(np.array(pixels))),
