@@ -143,11 +143,12 @@ class Case:
 
             def train(run, state):
                 def body(i, state):
-                    seeds, _, values, rate, count = loop._at_step(run, tf.cast(i, tf.int64), i)
-                    return i + 1, apply(
-                        run.batches, i, lambda batch: loop._training_step(
-                            state, values, run.tuned, seeds, batch, rate, count)
-                    )  # fmt: skip
+                    def step(batch):
+                        return loop._training_step(
+                            state, loop._given(run, tf.cast(i, tf.int64), i, batch)
+                        )
+
+                    return i + 1, apply(run.batches, i, step)
 
                 return tf.while_loop(
                     lambda i, _: i < steps, body, (tf.constant(0), state), parallel_iterations=1

@@ -16,6 +16,7 @@ from keras.initializers import Constant
 
 from keras_drmad import arguments as args
 from keras_drmad import export, places, rules, saving
+from keras_drmad import spread as sums
 from keras_drmad.arguments import Argument
 from keras_drmad.hyperparameters import Group, Hyperparameter
 from keras_drmad.schedules import block_of, resampled, within_horizon
@@ -246,6 +247,7 @@ class Optimizer(keras.optimizers.Optimizer):
         values: Sequence[tf.Tensor],
         learning_rate: tf.Tensor,
         t: tf.Tensor,
+        spread: bool = False,
     ) -> tuple[list[tf.Tensor], list[rules.Slots]]:
         """The update as a pure function: what `apply` does, and what the reverse loop walks back.
 
@@ -254,6 +256,8 @@ class Optimizer(keras.optimizers.Optimizer):
             values: Of each group, its values at this step (see `values_at`).
             learning_rate: The scalar learning rate, which counts where it is not tuned.
             t: The number of this update, from 1.
+            spread: Whether it will be differentiated under XLA (see `keras_drmad.spread`).
+                Defaults to `False`.
 
         Returns:
             The new weights and the new slots.
@@ -263,13 +267,18 @@ class Optimizer(keras.optimizers.Optimizer):
             weights,
             slots,
             gradients,
-            [self._values_of(i, w.dtype, values, learning_rate) for i, w in enumerate(weights)],
+            [self._values_of(i, w, values, learning_rate, spread) for i, w in enumerate(weights)],
             t,
             [getattr(v, "constraint", None) for v in self._trainable_variables],
         )
 
     def _values_of(
-        self, i: int, dtype: tf.DType, values: Sequence[tf.Tensor], learning_rate: tf.Tensor
+        self,
+        i: int,
+        weight: tf.Tensor,
+        values: Sequence[tf.Tensor],
+        learning_rate: tf.Tensor,
+        spread: bool,
     ) -> rules.Values:
         """The hyperparameters of the i-th variable, shaped to broadcast on it.
 
@@ -281,9 +290,11 @@ class Optimizer(keras.optimizers.Optimizer):
             if name not in _COMMON or value != 0.0
         }
         if not self._rate_is_ours:
-            result["learning_rate"] = tf.cast(learning_rate, dtype)
+            result["learning_rate"] = tf.cast(learning_rate, weight.dtype)
         for name, place in self._places[i].items():
-            result[name] = tf.cast(tf.reshape(values[place.group], place.shape), dtype)
+            value = tf.cast(tf.reshape(values[place.group], place.shape), weight.dtype)
+            multiplies = name in ("learning_rate", *_COMMON)
+            result[name] = sums.spread(value, weight.shape) if spread and multiplies else value
         return result
 
     def apply(self, grads, trainable_variables=None) -> None:

@@ -46,7 +46,13 @@ class Batches(NamedTuple):
     # (packed, index, function of a batch) -> what the function returns, tensors.
     apply: Callable[[Packed, tf.Tensor, Callable[[Any], Any]], Any]
     signature: Any  # equal for batches that one trace can serve
-    stacked: bool  # whether all shapes are known in the graph
+    kinds: list[list[tf.TensorSpec]]  # of each kind the leaves of a batch; none where kept flat
+    batch_of: Callable[[Sequence[tf.Tensor]], Any]  # the batch of its leaves
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all shapes are known in the graph."""
+        return bool(self.kinds)
 
 
 def pack(batches: list[Any]) -> Batches:
@@ -58,7 +64,7 @@ def pack(batches: list[Any]) -> Batches:
     # differently.
     structure = tf.nest.map_structure(_placeholder, batches[0])
     places = tf.nest.flatten(structure, expand_composites=True)
-    leaves = [_leaves(batch) for batch in batches]
+    leaves = [leaves_of(batch) for batch in batches]
     batches.clear()
 
     def batch_of(taken: Sequence[tf.Tensor]) -> Any:
@@ -69,12 +75,13 @@ def pack(batches: list[Any]) -> Batches:
     dtypes = tuple(leaf.dtype for leaf in leaves[0])
     names = repr(tf.nest.map_structure(lambda place: type(place).__name__, structure))
     shapes = [tuple(tuple(leaf.shape) for leaf in row) for row in leaves]
-    kinds = list(dict.fromkeys(shapes))
+    kinds = sorted(set(shapes))
     if len(kinds) > KINDS:
         packed, apply, form = _flat(leaves, batch_of)
-    else:
-        packed, apply, form = _stacked(leaves, shapes, sorted(kinds), batch_of)
-    return Batches(packed, apply, (names, dtypes, form), len(kinds) <= KINDS)
+        return Batches(packed, apply, (names, dtypes, form), [], batch_of)
+    packed, apply, form = _stacked(leaves, shapes, kinds, batch_of)
+    specs = [[tf.TensorSpec(*leaf) for leaf in zip(kind, dtypes, strict=True)] for kind in kinds]
+    return Batches(packed, apply, (names, dtypes, form), specs, batch_of)
 
 
 def _stacked(leaves, shapes, kinds, batch_of):
@@ -141,10 +148,11 @@ def size_of(batches: Batches) -> int:
 
 def nbytes(batch: Any) -> int:
     """Bytes of a batch or a tensor."""
-    return sum(leaf.dtype.size * leaf.shape.num_elements() for leaf in _leaves(batch))
+    return sum(leaf.dtype.size * leaf.shape.num_elements() for leaf in leaves_of(batch))
 
 
-def _leaves(batch: Any) -> list[tf.Tensor]:
+def leaves_of(batch: Any) -> list[tf.Tensor]:
+    """The tensors of a batch, without what is None."""
     found = tf.nest.flatten(batch, expand_composites=True)
     return [leaf for leaf in found if leaf is not None]
 

@@ -7,6 +7,7 @@ several times, by different settings, which is how settings are compared on the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from keras_drmad.objectives import OuterLoss, TrainingLoss, seed_variables
 from keras_drmad.optimizers import block_of
 from keras_drmad.recorder import Recorder
 from keras_drmad.reverse import Adjoint, ReverseLoop, Run
-from keras_drmad.trajectories import State, Trajectory
+from keras_drmad.trajectories import Anchors, Dense, Path, State, Trajectory
 
 Amount = int | float | None  # a number of steps, a fraction of them, or all
 
@@ -166,20 +167,33 @@ class Estimator:
             first: The state before the first step.
             values: Of each group, (blocks, *shape).
         """
-        loop = self._loop("gauss_newton", self._compilation.use("rerun"))
         run = self._run._replace(values=[tf.convert_to_tensor(v) for v in values])
         chunk = math.isqrt(self.steps) + 1  # so many states are held
         state = first
         for start in range(0, self.steps, chunk):
             steps = min(chunk, self.steps - start)
-            path = loop.replay(self._batches, run, state, start, self._rows(start, chunk), steps)
-            state = [array[steps] for array in path.arrays]
+            state = [array[steps] for array in self.recompute(state, start, steps, run).arrays]
         return state[: len(self.model.trainable_variables)]
 
-    def _rows(self, start: int, count: int) -> tf.Tensor:
-        """The batches of so many steps; of those beyond the last, the last one's."""
-        steps = np.minimum(np.arange(start, start + count), self.steps - 1)
-        return tf.constant(_nearest(self._kept, steps))
+    def recompute(self, state: State, start: int, steps: int, run: Run | None = None) -> Dense:
+        """Make some recorded steps again.
+
+        Args:
+            state: The state before step `start`.
+            start, steps: The first step, and how many are made.
+            run: The run, with other values perhaps. Defaults to the finished one.
+
+        Returns:
+            The states before the steps and after the last.
+        """
+        loop = self._loop("gauss_newton", self._compilation.use("recompute"))
+        return loop.recompute(
+            self._batches, run or self._run, start, state, self._every_row(), steps
+        )
+
+    def _every_row(self) -> tf.Tensor:
+        """The batch of each step of the run."""
+        return tf.constant(_nearest(self._kept, np.arange(self.steps)))
 
     def nbytes(self, setting: Setting) -> int:
         """Bytes that a setting keeps of a run like the finished one, batches and states."""
@@ -206,31 +220,13 @@ class Estimator:
         """
         started = time.perf_counter()
         compiled = self._compilation.use(str(setting))
-        loop = self._loop(setting.curvature, compiled)
-        exact = setting.trajectory.exact
-        kept = self._thinned(setting)
-        loss, weights_bar, tuned_bar = self.outer
-        slots = [s for of_one in self.model.optimizer.slot_variables for s in of_one]
-        adjoint = Adjoint(
-            weights_bar,
-            [tf.zeros(s.shape, s.dtype) for s in slots],
-            [tf.zeros_like(v) for v in self._run.values],
-            tuned_bar,
-        )
-        limit = math.inf if exact else GROWTH_LIMIT * float(tf.linalg.global_norm(weights_bar))
         first = setting.first(self._planned or self.steps)
-        count = amount(setting.reverse_steps, self.steps - first)
-        visits = _visits(first, self.steps, count)
         noted: list[Hypergradients] = []
-
-        def recompute(state, start, stop):
-            # The state before each step: the last of these steps need not be made again.
-            rows = self._rows(start, width)
-            return loop.replay(self._batches, self._run, state, start, rows, stop - start - 1)
+        adjoint = self._at_the_end()
 
         def result(at: int, problem: str = "") -> Hypergradients:
             return Hypergradients(
-                float(loss),
+                float(self.outer[0]),
                 adjoint.values,
                 adjoint.tuned,
                 adjoint.weights if at == 0 and not problem else None,
@@ -240,77 +236,96 @@ class Estimator:
                 noted,
             )
 
-        if not math.isfinite(float(loss)):
-            return result(self.steps, "the outer loss is not finite")
-        if not all(bool(tf.reduce_all(tf.math.is_finite(w))) for w in weights_bar):
-            return result(self.steps, "the gradient of the outer loss is not finite")
-        if self._updates != self.steps:
-            return result(
-                self.steps,
-                f"the optimizer made {self._updates} updates in {self.steps} recorded steps. Leave "
-                "out `train_on_batch` and `fit` inside of callbacks",
-            )
-        if first >= self.steps:
-            return result(
-                self.steps,
-                f"training stopped after {self.steps} of {self._planned} steps, before the window",
-            )
-        cuts = {self.steps - mark for mark in marks}
-        done = 0
+        problem = self._problem(first)
+        if problem:
+            return result(self.steps, problem)
+        loop = self._loop(setting.curvature, compiled)
+        exact = setting.trajectory.exact
+        limit = math.inf if exact else GROWTH_LIMIT * float(tf.linalg.global_norm(self.outer[1]))
+        visits = _visits(first, self.steps, amount(setting.reverse_steps, self.steps - first))
+        steps, rows = tf.constant(visits), tf.constant(self._rows(setting, visits))
+        path = setting.trajectory.path()
+        joints, room = _stretches(path, visits, self.steps)
+        again = self._every_row() if isinstance(path, Anchors) else None
+        notes = {int(np.sum(visits >= self.steps - mark)): self.steps - mark for mark in marks}
         self.progress(0, len(visits))
-        width = setting.trajectory.longest()
-        for segment in setting.trajectory.segments(recompute):
-            inside = {c for c in cuts if segment.start < c < segment.stop}
-            edges = sorted({max(segment.start, first), segment.stop} | inside)
-            for start, stop in zip(edges[-2::-1], edges[:0:-1], strict=True):
-                here = visits[(visits >= start) & (visits < stop)]
-                padded: np.ndarray = np.resize(
-                    here, min(width, len(visits))
-                )  # of one length everywhere
-                at = tf.constant(padded)
-                rows = tf.constant(kept[1][_nearest(kept[0], padded)])
-                for begin, end in self._portions(len(here)):
-                    adjoint, walked, norm = loop.walk(
-                        self._batches, self._run, segment.path, at, rows, begin, end, adjoint, limit
-                    )
-                    if walked < end - begin or not norm <= limit or not math.isfinite(norm):
-                        lost = int(here[begin + walked - 1])
-                        if setting.curvature != "gauss_newton" and not exact:
-                            # On a reconstructed path it is the negative curvature that explodes.
-                            setting.trajectory.restore(segment)
-                            again = dataclasses.replace(setting, curvature="gauss_newton")
-                            try:
-                                return dataclasses.replace(
-                                    self.walk(again, marks), fallback=setting.curvature
-                                )
-                            except LookupError:
-                                pass  # TensorFlow has no second derivative of a layer
-                        what = "is not a number" if math.isnan(norm) else "exploded"
-                        return result(
-                            lost, f"the adjoint {what} {self.steps - lost} steps before the end"
-                        )
-                    done += end - begin
-                    self.progress(done, len(visits))
-                if start in cuts:
-                    noted.append(result(start))
+        for begin, end in self._portions(len(visits), sorted(notes), joints):
+            adjoint, walked, norm = loop.walk(
+                self._batches, self._run, path, steps, rows, begin, end, adjoint, limit, again, room
+            )
+            if walked < end - begin or not norm <= limit or not math.isfinite(norm):
+                if setting.curvature != "gauss_newton" and not exact:
+                    # On a reconstructed path it is the negative curvature that explodes.
+                    setting.trajectory.restore(path)
+                    other = dataclasses.replace(setting, curvature="gauss_newton")
+                    try:
+                        found = self.walk(other, marks)
+                        return dataclasses.replace(found, fallback=setting.curvature)
+                    except LookupError:
+                        pass  # TensorFlow has no second derivative of a layer
+                lost = int(visits[begin + walked - 1])
+                what = "is not a number" if math.isnan(norm) else "exploded"
+                return result(lost, f"the adjoint {what} {self.steps - lost} steps before the end")
+            self.progress(end, len(visits))
+            if end in notes and notes[end] > first:
+                noted.append(result(notes[end]))
         found = result(first)
         self._compilation.note(str(setting), compiled, found.seconds, len(visits))
         if loop.refused:
             self._compilation.possible = False
         return found
 
-    def _portions(self, count: int) -> Iterator[tuple[int, int]]:
-        """The visits in parts that take about a second each, to tell progress in between."""
+    def _at_the_end(self) -> Adjoint:
+        """Where a walk starts from."""
+        _, weights_bar, tuned_bar = self.outer
+        slots = [s for of_one in self.model.optimizer.slot_variables for s in of_one]
+        return Adjoint(
+            weights_bar,
+            [tf.zeros(s.shape, s.dtype) for s in slots],
+            [tf.zeros_like(v) for v in self._run.values],
+            tuned_bar,
+        )
+
+    def _problem(self, first: int) -> str:
+        """Why the finished run can't be walked back to a step; empty if it can."""
+        if not math.isfinite(float(self.outer[0])):
+            return "the outer loss is not finite"
+        if not all(bool(tf.reduce_all(tf.math.is_finite(w))) for w in self.outer[1]):
+            return "the gradient of the outer loss is not finite"
+        if self._updates != self.steps:
+            return (
+                f"the optimizer made {self._updates} updates in {self.steps} recorded steps. Leave "
+                "out `train_on_batch` and `fit` inside of callbacks"
+            )
+        if first >= self.steps:
+            return (
+                f"training stopped after {self.steps} of {self._planned} steps, before the window"
+            )
+        return ""
+
+    def _portions(
+        self, count: int, marks: Sequence[int], joints: np.ndarray
+    ) -> Iterator[tuple[int, int]]:
+        """The visits in parts that take about a second each, to tell progress in between.
+
+        Args:
+            count: How many visits there are.
+            marks: Where a part must end.
+            joints: Where a part had better end.
+        """
         begin = 0
         while begin < count:
-            end = min(count, begin + self._portion)
+            stop = min([mark for mark in marks if mark > begin] + [count])
+            wanted = min(stop, begin + self._portion)
+            ahead = joints[(joints > begin) & (joints < stop)]
+            if wanted < stop:
+                reached = ahead[ahead <= wanted]
+                wanted = int(reached[-1] if len(reached) else ahead[0] if len(ahead) else stop)
             started = time.perf_counter()
-            yield begin, end
-            seconds = time.perf_counter() - started
-            if end - begin == self._portion:
-                wanted = self._portion / max(seconds, 1e-3)
-                self._portion = int(np.clip(wanted, max(1, self._portion // 2), 2 * self._portion))
-            begin = end
+            yield begin, wanted
+            pace = (wanted - begin) / max(time.perf_counter() - started, 1e-3)
+            self._portion = int(np.clip(pace, max(1, self._portion // 2), 2 * self._portion))
+            begin = wanted
 
     def _loop(self, curvature: str, compiled: bool) -> ReverseLoop:
         """The graphs for a curvature."""
@@ -320,7 +335,7 @@ class Estimator:
             auto = self._compilation.asked == "auto"
             self._loops[key] = ReverseLoop(
                 TrainingLoss(self.model, self.tuned),
-                optimizer.pure_update,
+                functools.partial(optimizer.pure_update, spread=compiled),
                 curvatures.get(curvature),
                 [len(slots) for slots in optimizer.slot_variables],
                 block_of,
@@ -329,13 +344,13 @@ class Estimator:
             )
         return self._loops[key]
 
-    def _thinned(self, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
-        """The steps whose batches serve this setting, and where these lie among those kept."""
+    def _rows(self, setting: Setting, visits: np.ndarray) -> np.ndarray:
+        """Of each visited step, which of the batches that are kept serves a setting."""
         rows = np.arange(len(self._kept))
         if not setting.trajectory.all_batches and setting.max_batches is not None:
             rows = rows[self._kept >= setting.first(self._planned or self.steps)]
             rows = rows[:: max(1, math.ceil(len(rows) / setting.max_batches))]
-        return self._kept[rows], rows
+        return rows[_nearest(self._kept[rows], visits)]
 
 
 def _compilation(model: keras.Model, asked: bool | str) -> Compilation:
@@ -364,6 +379,20 @@ def amount(asked: Amount, total: int) -> int:
 def _visits(first: int, stop: int, count: int) -> np.ndarray:
     """So many steps of first <= t < stop, evenly spaced, the last first."""
     return np.unique(np.linspace(first, stop - 1, count).round().astype(np.int64))[::-1].copy()
+
+
+def _stretches(
+    path: Path | Dense | Anchors, visits: np.ndarray, stop: int
+) -> tuple[np.ndarray, int]:
+    """After how many visits a stretch between anchors has been walked, and the longest stretch.
+
+    A walk that pauses within a stretch would have to replay it again. Where nothing is replayed it
+    may pause anywhere.
+    """
+    if not isinstance(path, Anchors):
+        return np.arange(1, len(visits)), 0
+    times = path.times.numpy()
+    return np.sum(visits[:, None] >= times, axis=0)[::-1], int(np.max(np.diff([*times, stop])))
 
 
 def _nearest(kept: np.ndarray, steps: np.ndarray) -> np.ndarray:

@@ -24,9 +24,12 @@ import tensorflow as tf
 from keras_drmad import rules
 from keras_drmad.batches import Batches, Packed
 from keras_drmad.curvature import Curvature
-from keras_drmad.trajectories import Dense, Path, State, state_at
+from keras_drmad.halves import Halves
+from keras_drmad.trajectories import Anchors, Dense, Path, State, state_at
 
 Tensors = list[tf.Tensor]
+
+CHECK_EVERY = 8  # visited steps from one look at the adjoint's norm to the next
 
 
 class Adjoint(NamedTuple):
@@ -48,6 +51,17 @@ class Run(NamedTuple):
     tuned: Tensors  # values of the tuned variables
     iteration: tf.Tensor  # the optimizer's count of updates before the first step (int64)
     horizon: tf.Tensor  # steps that schedules stretch over (int64)
+
+
+class Given(NamedTuple):
+    """What one training step was made with, beside the state."""
+
+    batch: Any
+    values: Tensors  # of each group, at this step
+    tuned: Tensors
+    seeds: Tensors
+    rate: tf.Tensor  # the scalar learning rate
+    count: tf.Tensor  # the number of the update, from 1 (int64)
 
 
 # (weights, slots, gradients, values, learning_rate, t) -> (weights, slots)
@@ -89,65 +103,70 @@ class ReverseLoop:
         self,
         batches: Batches,
         run: Run,
-        path: Path | Dense,
+        path: Path | Dense | Anchors,
         visits: tf.Tensor,
         rows: tf.Tensor,
         begin: int,
         end: int,
         adjoint: Adjoint,
         limit: float = math.inf,
+        again: tf.Tensor | None = None,
+        room: int = 0,
     ) -> tuple[Adjoint, int, float]:
         """Walk back over the visited steps from the one at `begin` to that before `end`.
 
         Args:
             batches: How to read `run.batches`.
             run: The recorded run.
-            path: States over the visited steps.
+            path: States over the visited steps; or the one from which they are recomputed.
             visits: (n,) int64, the steps in the order of the walk, the last first.
             rows: (n,) int64, the index of each visited step's batch.
             begin, end: Which of the visits to make. (XLA compiles for every n, not for these.)
             adjoint: What was carried and collected so far.
             limit: The walk ends when the norm of the weights' cotangents is above this or not
                 finite.
+            again: With `Anchors`, (steps,) int64: the index of the batch of each step of the run.
+            room: With `Anchors`, how many steps lie between two of them at most.
 
         Returns:
             The adjoint before the visited steps, the number of steps walked, and the last norm.
         """
+        again = tf.zeros([0], tf.int64) if again is None else again
 
         def signature():
             return (
-                _run_spec(run), _path_spec(path), _long(visits), _long(rows), _COUNT, _COUNT,
-                _fixed(adjoint), tf.TensorSpec([], tf.float64),
+                _run_spec(run), _path_spec(path), _long(again), _long(visits), _long(rows),
+                _COUNT, _COUNT, _fixed(adjoint), tf.TensorSpec([], tf.float64), _ROOM,
             )  # fmt: skip
 
         adjoint, at, norm = self._call(
-            batches, f"walk {type(path).__name__}", signature, run, path, visits, rows,
+            batches, f"walk {type(path).__name__}", signature, run, path, again, visits, rows,
             tf.constant(begin), tf.constant(end), adjoint, tf.constant(limit, tf.float64),
+            tf.zeros([room], tf.bool),
         )  # fmt: skip
         return adjoint, int(at) - begin, float(norm)
 
-    def replay(
-        self, batches: Batches, run: Run, state: State, first: int, rows: tf.Tensor, steps: int
+    def recompute(
+        self, batches: Batches, run: Run, first: int, state: State, again: tf.Tensor, steps: int
     ) -> Dense:
         """Recompute the states before some steps and after the last of them.
 
         Args:
-            batches, run: As in `walk`.
-            state: The state before step `first`.
-            first: The first step to make.
-            rows: (n,) int64, the index of the batch of each step from there on.
-            steps: How many steps are made, at most n.
+            batches, run, again: As in `walk`.
+            first, state: The first step, and the state before it.
+            steps: How many steps are made.
 
         Returns:
-            The states: n + 1 of them, those beyond the last step without meaning.
+            The states before the steps and after the last.
         """
         at = tf.constant(first, tf.int64)
 
         def signature():
-            return (_run_spec(run), _fixed(state), _fixed(at), _long(rows), _COUNT)
+            return (_run_spec(run), _fixed(at), _fixed(state), _long(again), _COUNT, _ROOM)
 
         arrays = self._call(
-            batches, "forward", signature, run, state, at, rows, tf.constant(steps)
+            batches, "forward", signature, run, at, state, again, tf.constant(steps),
+            tf.zeros([steps], tf.bool),
         )  # fmt: skip
         return Dense(at, arrays)
 
@@ -171,13 +190,13 @@ class ReverseLoop:
         """The graph of one form of batch; lengths may change from run to run without a trace."""
         key = (name, batches.signature)
         if key not in self._graphs:
-            body: Callable = self._forward if name == "forward" else self._walk
+            body: Callable = self._states if name == "forward" else self._walk
             specs = signature()
 
             # A hundred tensors are passed. Flat, to one trace, they take a fraction of the time.
             def traced(*flat):
                 self.traces += name != "forward"
-                return body(batches.apply, *tf.nest.pack_sequence_as(specs, flat))
+                return body(batches, *tf.nest.pack_sequence_as(specs, flat))
 
             self._graphs[key] = tf.function(
                 traced,
@@ -189,112 +208,209 @@ class ReverseLoop:
 
     # Inside the graph ----------------------------------------------------------------------------
 
-    def _split(self, state: State) -> tuple[Tensors, list[rules.Slots]]:
-        return split(state, self.slots)
+    def _walk(
+        self, batches, run, path, again, visits, rows, begin, end, adjoint, limit, room
+    ):  # fmt: skip
+        def walk_down(stop, back, i, norm, adjoint):
+            """Walk while the visited steps are not before `stop`."""
 
-    def _at_step(self, run: Run, t: tf.Tensor, row: tf.Tensor):
-        """What step t was made with: seeds, values, learning rate, number of the update."""
-        seeds = [tf.gather(seed, row) for seed in run.seeds]
-        at = [self.block_of(t, array.shape[0], run.horizon) for array in run.values]
-        values = [tf.gather(array, i) for array, i in zip(run.values, at, strict=True)]
-        return seeds, at, values, tf.gather(run.rates, t), run.iteration + t + 1
+            def body(i, adjoint):
+                t, row = tf.gather(visits, i), tf.gather(rows, i)
+                new, l_bar, h_bar = back(t, row, [*adjoint.weights, *adjoint.slots])
+                n = len(adjoint.weights)
+                collected = [
+                    _add_at(total, self.block_of(t, total.shape[0], run.horizon), part)
+                    for total, part in zip(adjoint.values, l_bar, strict=True)
+                ]
+                tuned = [a + b for a, b in zip(adjoint.tuned, h_bar, strict=True)]
+                return i + 1, Adjoint(new[:n], new[n:], collected, tuned)
 
-    def _walk(self, apply, run, path, visits, rows, begin, end, adjoint, limit):
-        def body(i, norm, adjoint):
-            t, row = tf.gather(visits, i), tf.gather(rows, i)
-            seeds, at, values, rate, count = self._at_step(run, t, row)
-            state = state_at(path, t)
+            def some(i, norm, adjoint):
+                # A norm takes as long as a tenth of a small net's step: not at each of them.
+                pause = tf.minimum(end, i + CHECK_EVERY)
+                i, adjoint = tf.while_loop(
+                    lambda i, _: tf.logical_and(i < pause, at_least(i, stop)),
+                    body,
+                    (i, adjoint),
+                    parallel_iterations=1,
+                )
+                return i, tf.cast(tf.linalg.global_norm(adjoint.weights), tf.float64), adjoint
 
-            def step(batch):
-                return self._compiled(self._step)(
-                    state, adjoint.weights, adjoint.slots, values, run.tuned, seeds, batch, rate,
-                    count,
-                )  # fmt: skip
+            return tf.while_loop(
+                lambda i, norm, _: tf.logical_and(goes_on(i, norm), at_least(i, stop)),
+                some,
+                (i, norm, adjoint),
+                parallel_iterations=1,
+            )
 
-            new, l_bar, h_bar = apply(run.batches, row, step)
-            n = len(adjoint.weights)
-            norm = tf.cast(tf.linalg.global_norm(new[:n]), tf.float64)
-            collected = [
-                _add_at(total, block, part)
-                for total, block, part in zip(adjoint.values, at, l_bar, strict=True)
-            ]
-            tuned = [a + b for a, b in zip(adjoint.tuned, h_bar, strict=True)]
-            return i + 1, norm, Adjoint(new[:n], new[n:], collected, tuned)
+        def at_least(i, stop):
+            return tf.gather(visits, tf.minimum(i, end - 1)) >= stop
 
-        at, norm, adjoint = tf.while_loop(
-            lambda i, norm, _: tf.logical_and(
-                i < end, tf.logical_and(norm <= limit, tf.math.is_finite(norm))
-            ),
-            body,
-            (begin, tf.constant(0.0, tf.float64), adjoint),
+        def goes_on(i, norm):
+            return tf.logical_and(i < end, tf.logical_and(norm <= limit, tf.math.is_finite(norm)))
+
+        start = begin, tf.constant(0.0, tf.float64), adjoint
+        if not isinstance(path, Anchors):
+            back = self._back_along(batches, run, lambda t: state_at(path, t))
+            i, norm, adjoint = walk_down(tf.constant(0, tf.int64), back, *start)
+            return adjoint, i, norm
+        replay, back, arrays = self._replaying(
+            batches, run, path, again, adjoint, tf.shape(room)[0]
+        )
+
+        def segment(i, norm, adjoint, arrays):
+            last = tf.gather(visits, i)
+            at = tf.searchsorted(path.times, last[None], side="right")[0] - 1
+            first = tf.gather(path.times, at)
+            arrays = replay(first, [tf.gather(x, at) for x in path.arrays], last, arrays)
+            return *walk_down(first, back(first, arrays), i, norm, adjoint), arrays
+
+        i, norm, adjoint, _ = tf.while_loop(
+            lambda i, norm, *_: goes_on(i, norm),
+            segment,
+            (*start, arrays),
             parallel_iterations=1,
         )
-        return adjoint, at, norm
+        return adjoint, i, norm
+
+    def _back_along(self, batches, run, state_of):
+        """One step back, from the state at it."""
+
+        def back(t, row, bars):
+            state = state_of(t)
+
+            def step(batch):
+                given = self._given(run, t, row, batch)
+                return self._compiled(self._step)(state, given, bars)[1]
+
+            return batches.apply(run.batches, row, step)
+
+        return back
+
+    def _replaying(self, batches, run, path, again, adjoint, room):
+        """How to make steps again, how to walk back over them, and what is kept in between."""
+        state = [tf.TensorSpec(x.shape[1:], x.dtype) for x in path.arrays]
+        bars = _fixed([*adjoint.weights, *adjoint.slots])
+        halves = Halves.of(self._step, batches, state, bars, _given_spec(run))
+        if halves is None:
+
+            def replay(first, state, last, arrays):
+                return self._forward(batches, run, first, state, again, last, arrays)
+
+            def back(first, arrays):
+                def state_of(t):
+                    return [array.read(tf.cast(t - first, tf.int32)) for array in arrays]
+
+                return self._back_along(batches, run, state_of)
+
+            return replay, back, _room_for(state, room)
+
+        def replay_early(first, state, last, arrays):
+            def body(t, state, arrays):
+                row, at = tf.gather(again, t), tf.cast(t - first, tf.int32)
+                saved, state = batches.apply(
+                    run.batches,
+                    row,
+                    lambda batch: halves.early(state, self._given(run, t, row, batch)),
+                )
+                return t + 1, state, [a.write(at, x) for a, x in zip(arrays, saved, strict=True)]
+
+            return tf.while_loop(
+                lambda t, *_: t <= last, body, (first, state, arrays), parallel_iterations=1
+            )[2]
+
+        def back_late(first, arrays):
+            def back(t, row, bars):
+                saved = [array.read(tf.cast(t - first, tf.int32)) for array in arrays]
+                return batches.apply(
+                    run.batches,
+                    row,
+                    lambda batch: halves.late(saved, self._given(run, t, row, batch), bars),
+                )
+
+            return back
+
+        return replay_early, back_late, _room_for(halves.slots, room)
+
+    def _given(self, run: Run, t: tf.Tensor, row: tf.Tensor, batch: Any) -> Given:
+        """What step t was made with."""
+        values = [
+            tf.gather(array, self.block_of(t, array.shape[0], run.horizon)) for array in run.values
+        ]
+        seeds = [tf.gather(seed, row) for seed in run.seeds]
+        rate, count = tf.gather(run.rates, t), run.iteration + t + 1
+        return Given(batch, values, run.tuned, seeds, rate, count)
 
     def _compiled(self, function: Callable) -> Callable:
         if not self.jit_compile:
             return function
         return tf.function(function, jit_compile=True, autograph=False)
 
-    def _step(self, state, w_bar, s_bar, values, tuned, seeds, batch, rate, count):
-        """One step back: the new cotangents of the state, of the values, of tuned variables."""
-        weights, slots = self._split(state)
+    def _step(self, state: State, given: Given, bars: Tensors):
+        """One step back.
+
+        Returns:
+            The state after the step; and the new cotangents of the state, those of the values and
+            those of tuned variables.
+        """
+        weights, slots = split(state, self.slots)
         gradient, product = self.curvature(
-            lambda w, h: self.loss(w, h, seeds, batch), weights, tuned
+            lambda w, h: self.loss(w, h, given.seeds, given.batch), weights, given.tuned
         )
         used = [i for i, g in enumerate(gradient) if g is not None]
-        given = [gradient[i] for i in used]
+        known = [gradient[i] for i in used]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([weights, slots, given, values])
-            new_weights, new_slots = self.update(weights, slots, gradient, values, rate, count)
-            after = [*new_weights, *(s for of_one in new_slots for s in of_one)]
-        sources = [*state, *given, *values]
-        bars = tape.gradient(after, sources, [*w_bar, *s_bar], unconnected_gradients="zero")
-        n, m = len(state), len(state) + len(given)
-        new, g_bar, l_bar = bars[:n], bars[n:m], bars[m:]
+            tape.watch([weights, slots, known, given.values])
+            after = self._updated(weights, slots, gradient, given)
+        sources = [*state, *known, *given.values]
+        found = tape.gradient(after, sources, bars, unconnected_gradients="zero")
+        n, m = len(state), len(state) + len(known)
+        new, g_bar, l_bar = found[:n], found[n:m], found[m:]
         direction = [tf.zeros_like(w) for w in weights]
         for i, bar in zip(used, g_bar, strict=True):
             direction[i] = bar
         curved, h_bar = product(direction)
         new = [new[i] + curved[i] if i < len(weights) else new[i] for i in range(n)]
-        return new, l_bar, h_bar
+        return after, (new, l_bar, h_bar)
 
-    def _forward(self, apply, run, state, first, rows, steps):
-        arrays = [
-            tf.TensorArray(x.dtype, tf.shape(rows)[0] + 1, element_shape=x.shape).write(0, x)
-            for x in state
-        ]
-
-        def body(i, state, arrays):
-            t, row = first + tf.cast(i, tf.int64), tf.gather(rows, i)
-            seeds, _, values, rate, count = self._at_step(run, t, row)
-            state = apply(
-                run.batches,
-                row,
-                lambda batch: self._compiled(self._training_step)(
-                    state, values, run.tuned, seeds, batch, rate, count
-                ),
-            )
-            written = [a.write(i + 1, x) for a, x in zip(arrays, state, strict=True)]
-            return i + 1, state, written
-
-        _, _, arrays = tf.while_loop(
-            lambda i, *_: i < steps,
-            body,
-            (tf.constant(0), state, arrays),
-            parallel_iterations=1,
+    def _updated(self, weights, slots, gradient, given: Given) -> State:
+        weights, slots = self.update(
+            weights, slots, gradient, given.values, given.rate, given.count
         )
+        return [*weights, *(s for of_one in slots for s in of_one)]
+
+    def _states(self, batches, run, first, state, again, steps, room):
+        arrays = _room_for(_fixed(state), tf.shape(room)[0] + 1)
+        last = first + tf.cast(steps, tf.int64)
+        arrays = self._forward(batches, run, first, state, again, last, arrays)
         return [array.stack() for array in arrays]
 
-    def _training_step(self, state, values, tuned, seeds, batch, rate, count):
-        weights, slots = self._split(state)
+    def _forward(self, batches, run, first, state, again, last, arrays):
+        """Write the states at the steps from the first to the last."""
+
+        def body(t, state, arrays):
+            row, at = tf.gather(again, t), tf.cast(t - first, tf.int32)
+
+            def step(batch):
+                return self._compiled(self._training_step)(state, self._given(run, t, row, batch))
+
+            state = batches.apply(run.batches, row, step)
+            written = [a.write(at + 1, x) for a, x in zip(arrays, state, strict=True)]
+            return t + 1, state, written
+
+        arrays = [a.write(0, x) for a, x in zip(arrays, state, strict=True)]
+        return tf.while_loop(
+            lambda t, *_: t < last, body, (first, state, arrays), parallel_iterations=1
+        )[2]
+
+    def _training_step(self, state: State, given: Given) -> State:
+        weights, slots = split(state, self.slots)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
-            loss = self.loss(weights, tuned, seeds, batch).loss
+            loss = self.loss(weights, given.tuned, given.seeds, given.batch).loss
         gradients = tape.gradient(loss, weights)
         gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
-        weights, slots = self.update(weights, slots, gradients, values, rate, count)
-        return [*weights, *(s for of_one in slots for s in of_one)]
+        return self._updated(weights, slots, gradients, given)
 
 
 def split(state: State, slots: Sequence[int]) -> tuple[Tensors, list[rules.Slots]]:
@@ -314,6 +430,7 @@ def _add_at(total: tf.Tensor, block: tf.Tensor, part: tf.Tensor) -> tf.Tensor:
 
 
 _COUNT = tf.TensorSpec([], tf.int32)
+_ROOM = tf.TensorSpec([None], tf.bool)  # its length counts: XLA must know how many states to hold
 
 
 def _fixed(tree: Any) -> Any:
@@ -325,10 +442,29 @@ def _long(tree: Any) -> Any:
     return tf.nest.map_structure(lambda x: tf.TensorSpec([None, *x.shape[1:]], x.dtype), tree)
 
 
-def _path_spec(path: Path | Dense) -> Path | Dense:
+def _room_for(specs: Sequence[tf.TensorSpec], count: tf.Tensor) -> list[tf.TensorArray]:
+    return [tf.TensorArray(spec.dtype, count, element_shape=spec.shape) for spec in specs]
+
+
+def _path_spec(path: Path | Dense | Anchors) -> Path | Dense | Anchors:
     if isinstance(path, Dense):
         return Dense(_fixed(path.first), _long(path.arrays))
     return _long(path)
+
+
+def _given_spec(run: Run) -> Callable[[list[tf.TensorSpec]], Given]:
+    """The spec of what a step is made with, from those of its batch's leaves."""
+
+    def one(array):
+        return tf.TensorSpec(array.shape[1:], array.dtype)
+
+    def given(leaves):
+        return Given(
+            leaves, list(map(one, run.values)), _fixed(run.tuned), list(map(one, run.seeds)),
+            one(run.rates), tf.TensorSpec([], tf.int64),
+        )  # fmt: skip
+
+    return given
 
 
 def _run_spec(run: Run) -> Run:

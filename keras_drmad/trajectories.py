@@ -1,16 +1,16 @@
 """Trajectories: what is kept of a training run, and the state at every step rebuilt from it.
 
 A state is the flat list of the weights and of the optimizer's slots. While training goes forward a
-trajectory is offered states and keeps those it `wants`; afterwards it hands out `segments`, last
-first, each with a `Path` on which `state_at` gives the state at any step of the segment. A path is
-a polyline through anchors: two of them are DrMAD, one per step is exact.
+trajectory is offered states and keeps those it `wants`; afterwards it hands out a `Path`, on which
+`state_at` gives the state at any step: a polyline through anchors. Two of them are DrMAD, one per
+step (`Dense`) is exact. Or it hands out `Anchors` alone, from which the reverse loop recomputes the
+states between them.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -32,16 +32,11 @@ class Dense(NamedTuple):
     arrays: list[tf.Tensor]  # of each tensor of the state, (steps or more, *shape)
 
 
-class Segment(NamedTuple):
-    """The steps `start <= t < stop`, and the path over them."""
+class Anchors(NamedTuple):
+    """States at increasing steps, from which the reverse loop recomputes those after them."""
 
-    start: int
-    stop: int
-    path: Path | Dense
-
-
-# Recomputes the states start <= t < stop: (state at start, start, stop) -> Dense.
-Recompute = Callable[[State, int, int], Dense]
+    times: tf.Tensor  # (anchors,) int64
+    arrays: list[tf.Tensor]  # of each tensor of the state, (anchors, *shape)
 
 
 def state_at(path: Path | Dense, t: tf.Tensor) -> State:
@@ -96,32 +91,28 @@ class Trajectory(abc.ABC):
         self.times.append(t)
         self.states.append(state)
 
-    def segments(self, recompute: Recompute) -> Iterator[Segment]:
-        """The run in segments, the last first. What is handed out is forgotten."""
-        times, arrays = self._take()
-        yield Segment(times[0], times[-1], Path(tf.constant(times, tf.int64), arrays))
+    def path(self) -> Path | Dense | Anchors:
+        """Where the states at every step come from. What is handed out is forgotten."""
+        return Path(*self._take())
 
-    def longest(self) -> int:
-        """Steps of the longest segment."""
-        return self.times[-1] - self.times[0]
-
-    def _take(self) -> tuple[list[int], list[tf.Tensor]]:
+    def _take(self) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The times, and of each tensor of the state those kept; all is forgotten."""
         times, self.times = self.times, []
         states, self.states = self.states, []
         # Tensor by tensor, letting go of what has been copied.
         tensors = range(len(states[0]))[::-1]
-        return times, [tf.stack([state.pop(i) for state in states]) for i in tensors][::-1]
+        arrays = [tf.stack([state.pop(i) for state in states]) for i in tensors][::-1]
+        return tf.constant(times, tf.int64), arrays
 
     @abc.abstractmethod
     def copies(self, steps: int) -> int:
         """How many copies of the state a run of so many steps needs, the walk included."""
 
-    def restore(self, segment: Segment) -> None:
-        """Take back the one segment of a reconstructed path, to walk it again."""
-        assert isinstance(segment.path, Path)
-        self.times = segment.path.times.numpy().tolist()
-        self.states = [[array[i] for array in segment.path.arrays] for i in range(len(self.times))]
+    def restore(self, path: Path | Dense | Anchors) -> None:
+        """Take back a path, to walk it again."""
+        assert isinstance(path, Path)
+        self.times = path.times.numpy().tolist()
+        self.states = [[array[i] for array in path.arrays] for i in range(len(self.times))]
 
     def nbytes(self) -> int:
         """Bytes of the states that are kept now."""
@@ -157,9 +148,9 @@ class Stored(Trajectory):
     def copies(self, steps: int) -> int:
         return steps + 1
 
-    def segments(self, recompute: Recompute) -> Iterator[Segment]:
+    def path(self) -> Dense:
         times, arrays = self._take()
-        yield Segment(times[0], times[-1], Dense(tf.constant(times[0], tf.int64), arrays))
+        return Dense(times[0], arrays)
 
 
 class Piecewise(Trajectory):
@@ -250,7 +241,8 @@ class Piecewise(Trajectory):
 class Replay(Piecewise):
     """Anchors, and the steps between them recomputed from the recorded batches: exact.
 
-    One segment at a time is held, so about 2 sqrt(T) copies of the state at the default.
+    The steps after one anchor at a time are held, so about 2 sqrt(T) copies of the state at the
+    default.
 
     Args:
         anchors: How many states are kept at most. Defaults to about the square root of the number
@@ -278,17 +270,10 @@ class Replay(Piecewise):
         anchors = max(2, math.isqrt(steps) + 1) if self._default else self.anchors
         return anchors + math.ceil(steps / (anchors - 1))
 
-    def longest(self) -> int:
-        return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
-
-    def segments(self, recompute: Recompute) -> Iterator[Segment]:
-        stop = self.times.pop()
-        self.states.pop()
-        while self.times:
-            start = self.times.pop()
-            if start < stop:
-                yield Segment(start, stop, recompute(self.states.pop(), start, stop))
-                stop = start
+    def path(self) -> Anchors:
+        self.times.pop()
+        self.states.pop()  # the state after the last step: nothing is recomputed from it
+        return Anchors(*self._take())
 
 
 _NAMED: dict[str, type[Trajectory]] = {c.name: c for c in (Linear, Piecewise, Replay, Stored)}

@@ -20,11 +20,13 @@ ROOMS = {
     "rules": "| tensorflow",
     "arguments": "hyperparameters | keras",
     "places": "arguments hyperparameters | keras",
+    "spread": "| tensorflow",
     "schedules": "| keras numpy tensorflow",
     "saving": "| keras numpy tensorflow",
     "export": "schedules | keras numpy",
     "base_optimizer": (
-        "arguments export hyperparameters places rules saving schedules | keras numpy tensorflow"
+        "arguments export hyperparameters places rules saving schedules spread "
+        "| keras numpy tensorflow"
     ),
     "hyperparameter_files": "base_optimizer hyperparameters saving | keras numpy",
     "optimizers": "arguments base_optimizer hyperparameters rules schedules | keras tensorflow",
@@ -39,7 +41,9 @@ ROOMS = {
     "initial_scale": "hyperparameters places | keras numpy tensorflow",
     "recorder": "batches objectives trajectories | keras tensorflow",
     "curvature": "normalization objectives | tensorflow",
-    "reverse": "batches curvature rules trajectories | tensorflow",
+    "linearize": "| tensorflow",
+    "halves": "batches linearize | tensorflow",
+    "reverse": "batches curvature halves rules trajectories | tensorflow",
     "compilation": "| tensorflow",
     "estimator": (
         "base_optimizer batches compilation curvature normalization objectives optimizers "

@@ -25,12 +25,6 @@ def _state(t):
     return [tf.constant(curve), tf.constant(float(t * t), tf.float64)]
 
 
-def _recompute(state, start, stop):
-    rows = [_state(t) for t in range(start, stop)]
-    arrays = [tf.stack(column) for column in zip(*rows, strict=True)]
-    return kd.trajectories.Dense(tf.constant(start, tf.int64), arrays)
-
-
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 40, 101])
 @pytest.mark.parametrize(
@@ -53,24 +47,24 @@ def test_the_path_covers_the_run_and_is_exact_at_its_anchors(trajectory, steps, 
     assert anchors[0] == 0 and anchors[-1] == steps
     assert len(set(anchors)) == len(anchors)
     assert len(anchors) <= max(trajectory.copies(steps), 2)
-    expected_stop = steps
-    for segment in trajectory.segments(_recompute):
-        assert segment.stop == expected_stop
-        expected_stop = segment.start
-        dense = isinstance(segment.path, kd.trajectories.Dense)
-        for t in range(segment.start, segment.stop + (not dense)):
-            got = state_at(segment.path, tf.constant(t, tf.int64))
-            if trajectory.exact or t in anchors:
-                for a, b in zip(got, _state(t), strict=True):
-                    np.testing.assert_array_equal(a, b)
-    assert expected_stop == 0
+    path = trajectory.path()
+    assert trajectory.times == trajectory.states == []  # nothing is held twice
+    if isinstance(path, kd.trajectories.Anchors):
+        assert path.times.numpy().tolist() == anchors[:-1]
+        got = {t: [x[i] for x in path.arrays] for i, t in enumerate(anchors[:-1])}
+    else:
+        dense = isinstance(path, kd.trajectories.Dense)
+        got = {t: state_at(path, tf.constant(t, tf.int64)) for t in range(steps + (not dense))}
+    for t, state in got.items():
+        if trajectory.exact or t in anchors:
+            for a, b in zip(state, _state(t), strict=True):
+                np.testing.assert_array_equal(a, b)
 
 
 def test_between_anchors_the_path_is_straight():
     trajectory = Linear()
     _run(trajectory, 10)
-    (segment,) = trajectory.segments(_recompute)
-    got = state_at(segment.path, tf.constant(3, tf.int64))
+    got = state_at(trajectory.path(), tf.constant(3, tf.int64))
     for a, first, last in zip(got, _state(0), _state(10), strict=True):
         np.testing.assert_allclose(a, 0.7 * first + 0.3 * last, rtol=1e-12, atol=1e-12)
 
