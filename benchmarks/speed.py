@@ -36,9 +36,10 @@ from keras_drmad.objectives import OuterLoss
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "docs/results/speed.json"
 TRAJECTORIES = ("linear", "piecewise", "stored", "replay")
 CURVATURES = ("gauss_newton", "hessian", "finite_difference")
-# A product from scratch, and with the gradient of the step, which a tuned rate needs; in training
-# steps, by counting matrix products (the first layer needs no derivative for its input).
-FLOORS = {"mlp": {"gauss_newton": 1.53, "hessian": 2.17}}
+# A whole update by a straight line: packing, the outer loss, the walk.
+UPDATES = {"update, linear": None, "update, linear, reverse_steps=0.2": 0.2}
+# Where penalties alone are tuned, nothing needs the gradient of a step that is not recomputed.
+PENALTIES = [("linear", "gauss_newton"), ("linear", "hessian"), ("replay", "hessian")]
 
 
 # Nets and data -----------------------------------------------------------------------------------
@@ -72,24 +73,23 @@ def net(name: str, width: int = 50) -> tuple[keras.Model, tuple[int, ...], int, 
 
 
 def grains(name: str) -> dict:
-    """Hyperparameters: a few hundred to a thousand."""
-    if name == "all":
-        return dict(l2=kd.Hyperparameter(1e-4, per="weight"))
-    if name == "one":
-        return dict(l2=kd.Hyperparameter(1e-4))
-    return dict(l2=kd.Hyperparameter(1e-4, per="input" if name == "mlp" else "neuron"))
+    """Hyperparameters: a few hundred to a thousand; or one, or one for each weight."""
+    per = {"mlp": "input", "all": "weight", "one": "model"}.get(name, "neuron")
+    return dict(l2=kd.Hyperparameter(1e-4, per=per))
 
 
 class Case:
     """A compiled model with random data of its shapes, recorded and walked at will."""
 
-    def __init__(self, name: str, steps: int, tuned: str | None = None, width: int = 50):
+    def __init__(
+        self, name: str, steps: int, tuned: str | None = None, width: int = 50, rate: bool = True
+    ):
         keras.utils.set_random_seed(0)
         self.steps = steps
         self.model, shape, classes, self.size = net(name, width)
-        rate = kd.Hyperparameter(0.01, per="layer")
+        rates = kd.Hyperparameter(0.01, per="layer") if rate else 0.01
         self.model.compile(
-            kd.optimizers.SGD(rate, momentum=0.9, **grains(tuned or name)),
+            kd.optimizers.SGD(rates, momentum=0.9, **grains(tuned or name)),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             jit_compile=False,
         )
@@ -188,7 +188,7 @@ def way(compiled: bool) -> str:
 
 def steps(name: str, count: int, rounds: int) -> dict:
     """Reverse steps by every setting, compile times, recording, whole updates."""
-    case = Case(name, count)
+    case, penalties = Case(name, count), Case(name, count, rate=False)
     pairs = [
         (t, c, on) for t in TRAJECTORIES for c in CURVATURES for on in (False, True)
         if c != "finite_difference" or t == "linear"
@@ -208,13 +208,23 @@ def steps(name: str, count: int, rounds: int) -> dict:
             note(f"{pair[0]}, {pair[1]}, {way(pair[2])}", case.walk(setting, pair[2]))
             if pair[0] == "linear" and pair[1] == "gauss_newton":
                 note(f"train, {way(pair[2])}", case.train(pair[2]))
+        for pair, setting in settings_of(
+            [(*pair, on) for pair in PENALTIES for on in (False, True)]
+        ).items():
+            penalties.record([setting])
+            key = f"{pair[0]}, {pair[1]}, penalties alone, {way(pair[2])}"
+            note(key, penalties.walk(setting, pair[2]))
         # Adjacent, so that what else the machine does falls on both.
-        bound = Setting(trajectories.get("linear"), "gauss_newton", max_batches=50)
-        for _ in range(3):
-            note("fit", case.fit())
-            case.estimator.begin(count, [bound])
-            note("fit, recorded", case.fit(Armed(case.estimator)))
-            note("pack, 50 batches", _seconds(lambda: case.estimator.finish(case.outer)))
+        for on in (False, True):
+            for key, visited in UPDATES.items():
+                path = trajectories.get("linear")
+                setting = Setting(path, "gauss_newton", reverse_steps=visited, max_batches=50)
+                note("fit", case.fit())
+                case.estimator.begin(count, [setting])
+                note("fit, recorded", case.fit(Armed(case.estimator)))
+                packing = _seconds(lambda: case.estimator.finish(case.outer))
+                note("pack, 50 batches", packing)
+                note(f"{key}, {way(on)}", packing + case.walk(setting, on))
     median = {key: statistics.median(seconds) for key, seconds in took.items()}
     unit = min(median["train, plain"], median["train, XLA"])
     pairs_of_fits = zip(took["fit, recorded"], took["fit"], strict=True)
@@ -317,12 +327,15 @@ def tables() -> None:
         print("| trajectory | curvature | plain | XLA | compiling, s (plain, XLA) |")
         print("| --- | --- | --- | --- | --- |")
         for key in cost:
-            if not key.endswith(", plain") or key.startswith("train"):
+            if not key.endswith(", plain") or key.startswith(("train", "update")):
                 continue
             kind = key.removesuffix(", plain")
             compiling = [row["first_seconds"][f"{kind}, {on}"] for on in ("plain", "XLA")]
-            print(f"| {kind.replace(', ', ' | ')} | {cost[key]:.2f} | {cost[kind + ', XLA']:.2f} | "
-                  f"{compiling[0]:.1f}, {compiling[1]:.1f} |")  # fmt: skip
+            print(f"| {kind.replace(', ', ' | ', 1)} | {cost[key]:.2f} "
+                  f"| {cost[kind + ', XLA']:.2f} | {compiling[0]:.1f}, {compiling[1]:.1f} |")  # fmt: skip
+        for key in UPDATES:
+            best = min(cost[f"{key}, {way(on)}"] for on in (False, True))
+            print(f"{key}: {best / cost['fit']:.0%} of the epoch that it follows")
         for key in ("train, plain", "train, XLA", "fit", "fit, recorded", "pack"):
             print(f"{key}: {cost[key]:.2f}")
         print(f"recording overhead: {row['recording_overhead']:+.1%}")
@@ -340,6 +353,36 @@ def tables() -> None:
                 row = of[count]
                 print(f"| {kind} | {count} | {row['peak']:.0f} | {row['peak'] - row['start']:.0f} "
                       f"| {row['kept']:.1f} |")  # fmt: skip
+
+
+def figure(path: pathlib.Path) -> None:
+    """Reverse steps of each net, and how they grow, as pictures."""
+    import matplotlib.pyplot as plt
+
+    results = json.loads(RESULTS.read_text())
+    axes_of = [("steps", "T"), ("weights", "weights"), ("hyperparameters", "hyperparameters")]
+    drawing, all_axes = plt.subplots(1, 4, figsize=(15, 3.8), width_ratios=[1.6, 1, 1, 1])
+    bars, *curves = all_axes
+    kinds = [f"{t}, {c}" for t in TRAJECTORIES for c in ("gauss_newton", "hessian")]
+    nets = list(results["steps"])
+    for i, name in enumerate(nets):
+        cost = results["steps"][name]["in_training_steps"]
+        best = [min(cost[f"{kind}, plain"], cost[f"{kind}, XLA"]) for kind in kinds]
+        places = [k + (i - (len(nets) - 1) / 2) * 0.27 for k in range(len(kinds))]
+        bars.barh(places, best, 0.26, label=name)
+    bars.set_yticks(range(len(kinds)), [kind.replace("_", "-") for kind in kinds])
+    bars.invert_yaxis()
+    bars.set_xlabel("training steps for a reverse step")
+    bars.legend()
+    for axes, (axis, label) in zip(curves, axes_of, strict=True):
+        rows = results["scaling"][axis]
+        counts = sorted(rows, key=int)
+        for kind in ("linear, gauss_newton", "replay, hessian"):
+            axes.plot(list(map(int, counts)), [rows[n][kind] for n in counts], "o-", label=kind)
+        axes.set(xscale="log", ylim=(0, None), xlabel=label)
+    curves[0].legend()
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -366,6 +409,8 @@ def main() -> None:
                 merge(part, {name: found})
     if arguments.part or arguments.tables:
         tables()
+    if arguments.figure:
+        figure(arguments.figure)
 
 
 if __name__ == "__main__":
