@@ -331,8 +331,9 @@ def tables() -> None:
                 continue
             kind = key.removesuffix(", plain")
             compiling = [row["first_seconds"][f"{kind}, {on}"] for on in ("plain", "XLA")]
+            plain, compiled = compiling
             print(f"| {kind.replace(', ', ' | ', 1)} | {cost[key]:.2f} "
-                  f"| {cost[kind + ', XLA']:.2f} | {compiling[0]:.1f}, {compiling[1]:.1f} |")  # fmt: skip
+                  f"| {cost[kind + ', XLA']:.2f} | {plain:.1f}, {compiled:.1f} |")  # fmt: skip
         for key in UPDATES:
             best = min(cost[f"{key}, {way(on)}"] for on in (False, True))
             print(f"{key}: {best / cost['fit']:.0%} of the epoch that it follows")
