@@ -44,6 +44,7 @@ REPEATS = 3  # runs in a process after the first
 # One thread for everybody; TensorFlow says only what went wrong.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "NPROC": "1",  # of JAX
     "TF_NUM_INTRAOP_THREADS": "1",
@@ -148,17 +149,25 @@ def prepare(mnist: pathlib.Path, steps: int, folder: pathlib.Path) -> None:
     np.savez(folder / "exact.npz", loss=loss, l2=by_l2, rates=by_rate)
 
 
-def ask(name: str, folder: pathlib.Path) -> dict[str, Any] | None:
-    """What a process measured, or None and a line about why there is nothing."""
+def itself(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run this program in a process of its own, with one thread."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, __file__, "--worker", name, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def ask(name: str, folder: pathlib.Path) -> dict[str, Any] | None:
+    """What a process measured, or None and a line about why there is nothing."""
+    done = itself("--worker", name, str(folder))
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        print(f"{name} failed ({done.returncode}): {lines[-1]}", flush=True)
+        print(f"{name} failed ({done.returncode}): {_last_line(done.stderr)}", flush=True)
         return None
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -169,7 +178,9 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folders = {steps: pathlib.Path(folder) / str(steps) for steps in arguments.steps}
         for steps, place in folders.items():
-            prepare(arguments.mnist_file, steps, place)
+            done = itself("--prepare", str(arguments.mnist_file), str(steps), str(place))
+            if done.returncode:
+                raise SystemExit(_last_line(done.stderr))
         for i in range(arguments.rounds):
             for steps, place in folders.items():
                 for name in chosen:
@@ -214,9 +225,15 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="print them and measure nothing")
     parser.add_argument("--figure", type=pathlib.Path, help="draw it and measure nothing")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(worker(arguments.worker[0], pathlib.Path(arguments.worker[1]))))
+        name, folder = arguments.worker
+        print(json.dumps(worker(name, pathlib.Path(folder))))
+        return
+    if arguments.prepare:
+        mnist, steps, folder = arguments.prepare
+        prepare(pathlib.Path(mnist), int(steps), pathlib.Path(folder))
         return
     if not (arguments.tables or arguments.figure):
         if not arguments.mnist_file.exists():
