@@ -61,7 +61,8 @@ class DrMADCallback(keras.callbacks.Callback):
             the exact replay on this run, measured at the first update and again now and then.
         curvature: `"gauss_newton"`, `"hessian"` or `"finite_difference"`. Defaults to `None`:
             `"hessian"` on an exact path, `"gauss_newton"` on a reconstructed one.
-        fidelity: The cosine with the exact hypergradient that `"auto"` aims at. Defaults to 0.9.
+        fidelity: The cosine with the exact hypergradient that `"auto"` aims at. Defaults to `None`:
+            0.9.
         memory_limit: Bytes that what `"auto"` chooses may keep of a horizon. Runs on which it
             measures keep more. Defaults to `None`.
         verify_every: Updates from one verification of a named trajectory to the next: the
@@ -82,10 +83,11 @@ class DrMADCallback(keras.callbacks.Callback):
             positive value.
         outer_loss: A `keras.losses.Loss` or its name, measured on the hyper data instead of the
             compiled loss. Defaults to `None`.
-        hyper_batch_size: Examples per batch of the outer loss, where arrays are passed. Defaults
-            to 1024.
+        hyper_batch_size: Examples per batch of the outer loss, where arrays are passed; datasets
+            have batches of their own. Defaults to `None`: 1024.
         jit_compile: Whether XLA compiles the reverse pass. `"auto"` tries it once reverse passes
-            have taken some 10 seconds, and stays with what is faster. Defaults to `"auto"`.
+            have taken some 10 seconds, and stays with what is faster; where a layer draws random
+            numbers, such as dropout, it goes as `fit` goes. Defaults to `"auto"`.
         log_dir: The folder on which TensorBoard is started; what is written goes to its subfolder
             `drmad`. Or a `kd.tensorboard.Writer`. Defaults to `None`: nothing is written.
 
@@ -101,7 +103,7 @@ class DrMADCallback(keras.callbacks.Callback):
         restart: bool | str = False,
         trajectory: str | trajectories.Trajectory = "auto",
         curvature: str | None = None,
-        fidelity: float = 0.9,
+        fidelity: float | None = None,
         memory_limit: int | None = None,
         verify_every: int | None = None,
         window: Amount = None,
@@ -111,7 +113,7 @@ class DrMADCallback(keras.callbacks.Callback):
         initial_scale: Hyperparameter | None = None,
         max_step: float = 1.0,
         outer_loss: str | keras.losses.Loss | None = None,
-        hyper_batch_size: int = 1024,
+        hyper_batch_size: int | None = None,
         jit_compile: bool | str = "auto",
         log_dir: str | os.PathLike | tensorboard.Writer | None = None,
     ):
@@ -124,8 +126,9 @@ class DrMADCallback(keras.callbacks.Callback):
             raise ValueError(
                 f"`jit_compile` is True, False or 'auto'. Received: jit_compile={jit_compile!r}"
             )
-        batch_size = checks.positive_int(hyper_batch_size, "hyper_batch_size")
-        self.hyper_data = data_of.batches_of(hyper_data, batch_size)
+        if hyper_batch_size is not None:
+            checks.positive_int(hyper_batch_size, "hyper_batch_size")
+        self.hyper_data = data_of.batches_of(hyper_data, hyper_batch_size)
         self.outer_optimizer = outer.get(outer_optimizer)
         self.horizon = checks.positive_int(horizon, "horizon")
         self.restart = restart
@@ -141,12 +144,13 @@ class DrMADCallback(keras.callbacks.Callback):
         ):
             if value is not None:
                 checks.positive_int(value, argument)
+        self.fidelity = 0.9 if fidelity is None else checks.fraction(fidelity, "fidelity")
         checks.check_choice(
-            trajectory, curvature, window, reverse_steps, verify_every, memory_limit
-        )
+            self.trajectory, curvature, window, reverse_steps, verify_every, memory_limit,
+            fidelity, max_batches,
+        )  # fmt: skip
         self.max_batches, self.memory_limit = max_batches, memory_limit
         self.verify_every = verify_every
-        self.fidelity = checks.fraction(fidelity, "fidelity")
         self.variables = outer.tuned_variables(variables)
         self._scale = scales.checked(initial_scale, restart, window)
         self._space = SearchSpace(self.variables, self._scale)
@@ -164,6 +168,12 @@ class DrMADCallback(keras.callbacks.Callback):
     def traces(self) -> int:
         """How often the reverse loop was traced (int)."""
         return 0 if self._key is None else self._estimator.traces
+
+    @property
+    def settled(self) -> bool:
+        """Whether `jit_compile="auto"` has decided: nothing is left to be tried (bool)."""
+        chosen = None if self._key is None else self._method.chosen
+        return chosen is not None and self._estimator.settled(chosen)
 
     # What `fit` calls ------------------------------------------------------------------------
 
@@ -226,11 +236,16 @@ class DrMADCallback(keras.callbacks.Callback):
     def on_train_end(self, logs=None) -> None:
         unhook(self.model)
         if self._epochs_recorded:
-            log.info(
-                "The last %d epochs are less than a horizon of %d: no update was made from them.",
-                self._epochs_recorded,
-                self.horizon,
+            few = (
+                f"The last {self._epochs_recorded} epochs are less than a horizon of "
+                f"{self.horizon}: no update was made from them."
             )
+            log.info(few)
+            if not self.history:
+                self._warn_once(
+                    f"{few} A horizon is begun anew by each `fit`: train for at least "
+                    f"{self.horizon} epochs in one, or pass a smaller `horizon`."
+                )
         self._estimator.forget()
         if self.model.optimizer.built:  # not after `epochs=0`
             self.model.optimizer.position.assign(0)
@@ -282,7 +297,7 @@ class DrMADCallback(keras.callbacks.Callback):
         """Set everything back but what is tuned, and scale the initial weights."""
         tuned = [(v, tf.identity(v.value)) for v in self._space.targets]
         if fresh:
-            start.restore_with_new_weights(self.model)
+            start.restore_with_new_weights(self.model, len(self.history))
         else:
             start.restore()
         for variable, value in tuned:
@@ -298,6 +313,8 @@ class DrMADCallback(keras.callbacks.Callback):
         hyper_spec = data_of.element_spec(self.hyper_data)
         data_of.check_against(spec, hyper_spec, model)
         sample_weights.check_use(model, hyper_spec)
+        if not self.history:
+            data_of.check_labels(self.hyper_data, model, self.outer_loss or model.loss)
         checks.check_trainable(model)
         for curvature in self._method.curvatures:
             checks.check_curvature(model, curvature)
@@ -406,6 +423,7 @@ class DrMADCallback(keras.callbacks.Callback):
             state.update(saving.values_of(variables, prefix))
         if self._start is not None:
             state.update(saving.values_of(self._start.values(), "start_"))
+            state["drawn_from"] = np.asarray(self._start.seed)
         return saving.with_notes(
             state,
             steps_done=self._steps_done,
@@ -430,6 +448,8 @@ class DrMADCallback(keras.callbacks.Callback):
         if self.restart and "start_0" in state:
             start = Start(self.model)
             start.set_values(saving.entries(state, "start_"))
+            if "drawn_from" in state:
+                start.seed = int(state["drawn_from"])
         saved = self._saved_variables()
         for prefix, variables in saved.items():
             saving.check(variables, state, prefix)
@@ -468,6 +488,9 @@ class DrMADCallback(keras.callbacks.Callback):
         if self.history:
             return
         sample_weights.check_indices(self.model, recorder.batches)
+        if len(recorder.kept) == recorder.steps:
+            if more := sample_weights.too_many(self.model, recorder.batches):
+                self._warn_once(more)
         log.info(
             "Recorded %d steps: %d batches and what is kept of the states, %.1f MB.",
             recorder.steps,

@@ -6,6 +6,7 @@ model would assign (moving statistics, seeds, metrics) is dropped.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,10 @@ class OuterLoss:
     ):
         self.model, self.data, self.loss = model, data, loss
         self.tuned = list(tuned)
-        self._gradient = tf.function(self._batch_gradient, reduce_retracing=True, autograph=False)
+        # TensorFlow counts the traces of a function by its code, and warns of many. A partial is
+        # counted by itself, or one trace of each of several callbacks would be taken for retracing.
+        gradient = functools.partial(self._batch_gradient)
+        self._gradient = tf.function(gradient, reduce_retracing=True, autograph=False)
 
     @property
     def weights(self) -> list[keras.Variable]:

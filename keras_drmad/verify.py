@@ -63,7 +63,7 @@ def hypergradients(
     curvature: str | None = None,
     window: Amount = None,
     reverse_steps: Amount = None,
-    hyper_batch_size: int = 1024,
+    hyper_batch_size: int | None = None,
     **fit_arguments: Any,
 ) -> Record:
     """Train a model, and differentiate the outer loss through that training.
@@ -119,7 +119,7 @@ def verify_hypergradients(
     window: Amount = None,
     reverse_steps: Amount = None,
     entries: int = 3,
-    hyper_batch_size: int = 1024,
+    hyper_batch_size: int | None = None,
     **fit_arguments: Any,
 ) -> Verification:
     """Measure an estimator against the exact hypergradient, and that against finite differences.

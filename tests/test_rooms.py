@@ -47,7 +47,7 @@ ROOMS = {
     ),
     "fidelity": "estimator objectives trajectories | keras numpy",
     "restart": "objectives | keras tensorflow",
-    "hyper_data": "objectives | keras numpy tensorflow",
+    "hyper_data": "objectives tunable | keras numpy tensorflow",
     "outer": "domains tunable | keras numpy tensorflow",
     "checks": (
         "base_optimizer curvature hyperparameters normalization objectives optimizers tunable "
