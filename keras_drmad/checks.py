@@ -172,6 +172,12 @@ def check_curvature(model: keras.Model, curvature: str) -> None:
             "it is called, which the reverse pass can't follow. Train without it, or with "
             "kernel_constraint=keras.constraints.UnitNorm() in its place."
         )
+    layers = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", 0) is True]
+    if layers:
+        raise ValueError(
+            f"stateful=True is not supported: {_names(layers)} begins each batch where the last "
+            "one ended, and these states are not recorded. Train with stateful=False."
+        )
     layers = [
         layer
         for layer in model._flatten_layers()

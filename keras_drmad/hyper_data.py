@@ -13,6 +13,7 @@ from keras_drmad.objectives import trace
 from keras_drmad.tunable import losses_in
 
 BATCH_SIZE = 1024  # of arrays, where none is asked for
+LONGEST = 10_000  # batches of a dataset of unknown length, which may have no end
 
 _FORMS = "(x, y), (x, y, sample_weight), a tf.data.Dataset or a keras.utils.PyDataset"
 
@@ -39,8 +40,10 @@ def batches_of(data: Any, batch_size: int | None = None) -> Iterable[Any]:
         cardinality = int(data.cardinality())
         if cardinality == 0:
             raise ValueError("`hyper_data` is empty: the outer loss needs at least one example.")
-        if cardinality == tf.data.UNKNOWN_CARDINALITY and next(iter(data), None) is None:
-            raise ValueError("`hyper_data` is empty: the dataset gave no batch.")
+        if cardinality == tf.data.UNKNOWN_CARDINALITY:
+            if next(iter(data), None) is None:
+                raise ValueError("`hyper_data` is empty: the dataset gave no batch.")
+            return _Bounded(data)
         if cardinality == tf.data.INFINITE_CARDINALITY:
             raise ValueError(
                 "`hyper_data` never ends. Pass a finite dataset, for example data.take(100)."
@@ -57,7 +60,7 @@ def batches_of(data: Any, batch_size: int | None = None) -> Iterable[Any]:
 
 def element_spec(batches: Iterable[Any]) -> Any:
     """The form of one batch: nested `tf.TensorSpec` with an open first dimension."""
-    if isinstance(batches, tf.data.Dataset):
+    if isinstance(batches, (tf.data.Dataset, _Bounded)):
         return batches.element_spec
     return keras.tree.map_structure(
         lambda x: None if x is None else tf.TensorSpec([None, *x.shape[1:]], x.dtype),
@@ -151,6 +154,25 @@ def _is_sparse(loss: Any) -> bool:
     return function in (loss, getattr(loss, "function", None))
 
 
+def other_kind(training: Any, hyper: Any) -> str:
+    """What to warn of where one of training and hyper inputs are whole numbers, the other not.
+
+    Args:
+        training, hyper: Element specs that `check_against` has let through.
+    """
+    expected, given = (
+        _specs(keras.utils.unpack_x_y_sample_weight(spec)[0]) for spec in (training, hyper)
+    )
+    for key in expected:
+        if expected[key].dtype.is_integer != given[key].dtype.is_integer:
+            return (
+                f"The inputs of `hyper_data` are {given[key].dtype.name}, those that the model "
+                f"trains on {expected[key].dtype.name}. If one of them was scaled and the other "
+                "not, the outer loss is not that of this model: prepare both in the same way."
+            )
+    return ""
+
+
 def _takes(model: keras.Model, batch: Any) -> bool:
     try:
         trace(model, batch)
@@ -166,6 +188,23 @@ def overlap(training: Any, batches: Iterable[Any]) -> float:
     for batch in batches:
         found |= rows & _row_hashes(batch)
     return len(found) / max(1, len(rows))
+
+
+class _Bounded:
+    """A dataset of unknown length, up to a length at which it is taken for one without end."""
+
+    def __init__(self, data: tf.data.Dataset):
+        self._data, self.element_spec = data, data.element_spec
+
+    def __iter__(self) -> Iterator[Any]:
+        for i, batch in enumerate(self._data):
+            if i == LONGEST:
+                raise ValueError(
+                    f"`hyper_data`, a dataset of unknown length, has given {LONGEST} batches and "
+                    "is not at its end. Pass a finite one, for example data.take(100); or tell its "
+                    "length by data.apply(tf.data.experimental.assert_cardinality(n))."
+                )
+            yield batch
 
 
 class _Indexed:

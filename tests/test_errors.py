@@ -1,5 +1,6 @@
 """Refusals: early, readable, and with nothing changed. Each says what to do instead."""
 
+import itertools
 import re
 
 import fits
@@ -11,6 +12,7 @@ from keras import layers
 from versions import cases
 
 import keras_drmad as kd
+from keras_drmad import hyper_data
 
 BATCH = 4
 X, Y = fits.examples(8, dtype="float32")
@@ -315,7 +317,7 @@ FIT = {  # model, callbacks, what is said
     "make_train_function": (lambda: custom(Making), "`make_train_function`", "`compute_loss`"),
     "mixed_float16 without loss scaling": (
         lambda: half(auto_scale_loss=False),
-        "float16 is not supported", "sequential, input_layer, hidden, ... would", "'mixed_bfloat16') or float32"
+        "float16 is not supported", "sequential, input_layer, hidden, ... would", "or float32",
     ),
     "float16": (lambda: half("float16", auto_scale_loss=False), "float16 is not supported"),
     "mixed_float16": (half, "mixed_float16 is not supported", "'mixed_bfloat16') or float32"),
@@ -386,6 +388,21 @@ def test_what_can_not_be_tuned(name):
         assert int(counting.iterations) >= len(X) // BATCH
 
 
+def stateful():
+    """A model that begins each batch where the last one ended."""
+    recurrent = layers.LSTM(4, stateful=True, name="memory")
+    return keras.Sequential([keras.Input(batch_shape=(4, 5, 1)), recurrent, layers.Dense(3)])
+
+
+def test_layers_that_keep_a_state():
+    tuned = kd.DrMADCallback((HYPER_X[:4, :, None], HYPER_Y[:4]))
+    model = compiled(stateful())
+    said = message_of(
+        ValueError, lambda: model.fit(X[..., None], Y, BATCH, verbose=0, callbacks=[tuned])
+    )
+    assert_says(said, "stateful=True is not supported: memory", "Train with stateful=False")
+
+
 CLASSES = "A label of `hyper_data` is {}, but the model has 3 outputs, for labels from 0 to 2"
 SPARSE = keras.losses.SparseCategoricalCrossentropy
 LABELS = {  # the loss; hyper data of a class that the model does not know
@@ -414,6 +431,68 @@ def test_labels_of_hyper_data_that_are_no_class(name):
     fits.assert_near(model.get_weights(), before, 0)
     if name == "ignored class":
         fit((HYPER_X, np.where(HYPER_Y == 0, 4, HYPER_Y)))
+
+
+def test_what_the_model_can_not_take():
+    """A fault that only TensorFlow sees is told in a sentence that names the hyper data."""
+    fits.start()
+    inner = [layers.Embedding(10, 2), layers.Flatten(), layers.Dense(3)]
+    model = compiled(keras.Sequential([keras.Input((5,), dtype="int32"), *inner]))
+    x = np.arange(40, dtype="int32").reshape(8, 5) % 10
+    tuned = callback((x[:6] + 7, HYPER_Y))
+    said = message_of(ValueError, lambda: model.fit(x, Y, BATCH, verbose=0, callbacks=[tuned]))
+    assert_says(said, "can't take a batch of `hyper_data`", "TensorFlow says: ", "not in [0, 10)")
+    assert "File" not in said
+
+
+def generated(generator):
+    """A dataset of unknown length."""
+    spec = tf.TensorSpec((None, 5)), tf.TensorSpec((None,), "int64")
+    return tf.data.Dataset.from_generator(generator, output_signature=spec)
+
+
+def test_hyper_data_without_an_end_that_nobody_told(monkeypatch):
+    monkeypatch.setattr(hyper_data, "LONGEST", 20)
+    tuned = callback(generated(lambda: itertools.repeat(HYPER)))
+    said = message_of(ValueError, lambda: net().fit(X, Y, BATCH, verbose=0, callbacks=[tuned]))
+    assert_says(said, "has given 20 batches", "data.take(100)", "assert_cardinality(n)")
+    tuned = callback(generated(lambda: itertools.repeat(HYPER, 20)))
+    net().fit(X, Y, BATCH, 2, verbose=0, callbacks=[tuned])
+    assert [record.accepted for record in tuned.history] == [True, True]
+
+
+def test_hyper_data_that_can_be_read_once():
+    once = itertools.repeat(HYPER, 3)
+    tuned = callback(generated(lambda: once))
+    said = message_of(ValueError, lambda: net().fit(X, Y, BATCH, verbose=0, callbacks=[tuned]))
+    assert_says(said, "`hyper_data` gave no batch any more", "data.cache()")
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: fits.optimizer(), "nothing tunes its own. Received: SGD with a Hyperparameter"),
+        (lambda: keras.optimizers.Adam(use_ema=True), "`use_ema` of the `outer_optimizer`"),
+        (lambda: keras.optimizers.SGD(loss_scale_factor=2.0), "loss_scale_factor=2.0. Leave it"),
+        (lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), "inner optimizer"),
+    ],
+)
+def test_outer_optimizers_with_what_has_no_meaning_there(make, says):
+    optimizer = make()
+    said = message_of(ValueError, lambda: kd.DrMADCallback(HYPER, outer_optimizer=optimizer))
+    assert_says(said, "`outer_optimizer`")
+    assert_says(said, says)
+
+
+@pytest.mark.parametrize("function", [kd.hypergradients, kd.verify_hypergradients])
+def test_a_measurement_over_the_epochs_of_a_fit(function):
+    def measure(**epochs):
+        return function(net(), X, Y, hyper_data=HYPER, batch_size=BATCH, **epochs)
+
+    found = measure(epochs=3, initial_epoch=1)
+    assert getattr(found, "step", None) or found.steps == 4
+    said = message_of(ValueError, lambda: measure(epochs=2, initial_epoch=2))
+    assert_says(said, "`epochs` is the number of the last epoch", "epochs=2 with initial_epoch=2")
 
 
 @pytest.mark.parametrize(
@@ -522,6 +601,13 @@ def test_a_rate_that_is_not_tuned_can_be_set():
 
 
 # What is told and goes on -----------------------------------------------------------------------
+
+
+def test_inputs_of_another_kind():
+    tuned = callback(((100 * HYPER_X).astype("int32"), HYPER_Y))
+    with pytest.warns(UserWarning, match="of `hyper_data` are int32, .* trains on float32") as w:
+        net().fit(X, Y, BATCH, 2, verbose=0, callbacks=[tuned])
+    assert len(w) == 1 and len(tuned.history) == 2
 
 
 def test_a_fit_that_is_shorter_than_a_horizon():
