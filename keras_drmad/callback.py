@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import logging
 import math
 import os
-import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
-import tensorflow as tf
 
-from keras_drmad import checks, outer, sample_weights, saving, tensorboard, trajectories
+from keras_drmad import checks, outer, sample_weights, tensorboard, trajectories
 from keras_drmad import curvature as curvatures
 from keras_drmad import hyper_data as data_of
 from keras_drmad import initial_scale as scales
-from keras_drmad.estimator import Amount, Estimator, Hypergradients, Setting
+from keras_drmad.estimator import Amount, Estimator, Setting
 from keras_drmad.fidelity import Auto, Fixed
 from keras_drmad.hyperparameters import Hyperparameter
 from keras_drmad.normalization import uncorrected_layers
-from keras_drmad.objectives import OuterLoss, get_loss, seed_variables, trace
+from keras_drmad.objectives import OuterLoss, get_loss, trace
 from keras_drmad.recorder import unhook
-from keras_drmad.reports import Progress, Record, load_history, nested, save_history, table
-from keras_drmad.restart import Start
+from keras_drmad.reports import Progress, Record, table
 from keras_drmad.search_space import SearchSpace
+from keras_drmad.tuning_run import TuningRun
 
 log = logging.getLogger("keras_drmad")
 
@@ -61,7 +55,8 @@ class DrMADCallback(keras.callbacks.Callback):
             the exact replay on this run, measured at the first update and again now and then.
         curvature: `"gauss_newton"`, `"hessian"` or `"finite_difference"`. Defaults to `None`:
             `"hessian"` on an exact path, `"gauss_newton"` on a reconstructed one.
-        fidelity: The cosine with the exact hypergradient that `"auto"` aims at. Defaults to 0.9.
+        fidelity: The cosine with the exact hypergradient that `"auto"` aims at. Defaults to `None`:
+            0.9.
         memory_limit: Bytes that what `"auto"` chooses may keep of a horizon. Runs on which it
             measures keep more. Defaults to `None`.
         verify_every: Updates from one verification of a named trajectory to the next: the
@@ -82,10 +77,11 @@ class DrMADCallback(keras.callbacks.Callback):
             positive value.
         outer_loss: A `keras.losses.Loss` or its name, measured on the hyper data instead of the
             compiled loss. Defaults to `None`.
-        hyper_batch_size: Examples per batch of the outer loss, where arrays are passed. Defaults
-            to 1024.
+        hyper_batch_size: Examples per batch of the outer loss, where arrays are passed; datasets
+            have batches of their own. Defaults to `None`: 1024.
         jit_compile: Whether XLA compiles the reverse pass. `"auto"` tries it once reverse passes
-            have taken some 10 seconds, and stays with what is faster. Defaults to `"auto"`.
+            have taken some 10 seconds, and stays with what is faster; where a layer draws random
+            numbers, such as dropout, it goes as `fit` goes. Defaults to `"auto"`.
         log_dir: The folder on which TensorBoard is started; what is written goes to its subfolder
             `drmad`. Or a `kd.tensorboard.Writer`. Defaults to `None`: nothing is written.
 
@@ -101,7 +97,7 @@ class DrMADCallback(keras.callbacks.Callback):
         restart: bool | str = False,
         trajectory: str | trajectories.Trajectory = "auto",
         curvature: str | None = None,
-        fidelity: float = 0.9,
+        fidelity: float | None = None,
         memory_limit: int | None = None,
         verify_every: int | None = None,
         window: Amount = None,
@@ -111,7 +107,7 @@ class DrMADCallback(keras.callbacks.Callback):
         initial_scale: Hyperparameter | None = None,
         max_step: float = 1.0,
         outer_loss: str | keras.losses.Loss | None = None,
-        hyper_batch_size: int = 1024,
+        hyper_batch_size: int | None = None,
         jit_compile: bool | str = "auto",
         log_dir: str | os.PathLike | tensorboard.Writer | None = None,
     ):
@@ -124,9 +120,10 @@ class DrMADCallback(keras.callbacks.Callback):
             raise ValueError(
                 f"`jit_compile` is True, False or 'auto'. Received: jit_compile={jit_compile!r}"
             )
-        batch_size = checks.positive_int(hyper_batch_size, "hyper_batch_size")
-        self.hyper_data = data_of.batches_of(hyper_data, batch_size)
-        self.outer_optimizer = outer.get(outer_optimizer)
+        if hyper_batch_size is not None:
+            checks.positive_int(hyper_batch_size, "hyper_batch_size")
+        self.hyper_data = data_of.batches_of(hyper_data, hyper_batch_size)
+        optimizer = outer.get(outer_optimizer)
         self.horizon = checks.positive_int(horizon, "horizon")
         self.restart = restart
         is_auto = isinstance(trajectory, str) and trajectory == "auto"
@@ -141,35 +138,49 @@ class DrMADCallback(keras.callbacks.Callback):
         ):
             if value is not None:
                 checks.positive_int(value, argument)
+        self.fidelity = 0.9 if fidelity is None else checks.fraction(fidelity, "fidelity")
         checks.check_choice(
-            trajectory, curvature, window, reverse_steps, verify_every, memory_limit
-        )
+            self.trajectory, curvature, window, reverse_steps, verify_every, memory_limit,
+            fidelity, max_batches,
+        )  # fmt: skip
         self.max_batches, self.memory_limit = max_batches, memory_limit
         self.verify_every = verify_every
-        self.fidelity = checks.fraction(fidelity, "fidelity")
         self.variables = outer.tuned_variables(variables)
-        self._scale = scales.checked(initial_scale, restart, window)
-        self._space = SearchSpace(self.variables, self._scale)
+        self._space = SearchSpace(self.variables, scales.checked(initial_scale, restart, window))
         self.max_step = checks.positive_float(max_step, "max_step")
         self.outer_loss = get_loss(outer_loss)
         self.jit_compile = jit_compile
         self._writer = tensorboard.get(log_dir)
-        self.history: list[Record] = []
-        self._steps_done = 0
+        self._run = TuningRun(self._space, optimizer, restart, self.max_step)
+        self.history = self._run.history
         self._key: Any = None
-        self._start: Start | None = None
-        self._said: set[str] = set()
+
+    @property
+    def outer_optimizer(self) -> keras.optimizers.Optimizer:
+        """The outer optimizer; another one may be set between two fits."""
+        return self._run.outer_optimizer
+
+    @outer_optimizer.setter
+    def outer_optimizer(self, optimizer: str | keras.optimizers.Optimizer) -> None:
+        self._run.outer_optimizer = outer.get(optimizer)
 
     @property
     def traces(self) -> int:
         """How often the reverse loop was traced (int)."""
         return 0 if self._key is None else self._estimator.traces
 
+    @property
+    def settled(self) -> bool:
+        """Whether `jit_compile="auto"` has decided: nothing is left to be tried (bool)."""
+        chosen = None if self._key is None else self._method.chosen
+        return chosen is not None and self._estimator.settled(chosen)
+
     # What `fit` calls ------------------------------------------------------------------------
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        scaled = self._scale is not None and self._scale.spec.tunable
+        scale = self._space.scale
+        scaled = scale is not None and scale.spec.tunable
         checks.check_model_and_optimizer(model, self._space.targets, scaled)
         unhook(model)
 
@@ -185,23 +196,22 @@ class DrMADCallback(keras.callbacks.Callback):
             model.make_train_function(force=True)
         key = (model, optimizer, model.train_function)
         if self._key is None or any(a is not b for a, b in zip(key, self._key, strict=True)):
-            if self._key is None or self._key[0] is not model:
-                self._start = None
             self._key = key
             tuned = self._space.targets
             self._estimator = Estimator(model, tuned, jit_compile=self.jit_compile)
             self._outer_loss = OuterLoss(model, self.hyper_data, tuned, self.outer_loss)
             self._method = self._method_for(self.max_batches or steps)
+            self._run.begin(model, self._estimator, self._method)
         self._epochs_recorded = 0
         if optimizer.built:
-            optimizer.attach(self)
+            optimizer.attach(self._run)
 
     def on_epoch_begin(self, epoch: int, logs=None) -> None:
         if self._epochs_recorded == 0:
             if self.model.optimizer.built:
                 # BackupAndRestore may have built and loaded it only now, with its horizon.
                 self.model.optimizer.set_horizon(self.horizon, self._steps or 0)
-                self.model.optimizer.attach(self)
+                self.model.optimizer.attach(self._run)
             self._begin_horizon()
 
     def on_train_batch_begin(self, batch: int, logs=None) -> None:
@@ -214,7 +224,7 @@ class DrMADCallback(keras.callbacks.Callback):
             if self._estimator.recorder.batches:
                 self._update(epoch)
             else:
-                self._warn_once(
+                self._run.warn_once(
                     "No update was made after a horizon: training stopped before the first step "
                     "that is walked back over."
                 )
@@ -226,11 +236,16 @@ class DrMADCallback(keras.callbacks.Callback):
     def on_train_end(self, logs=None) -> None:
         unhook(self.model)
         if self._epochs_recorded:
-            log.info(
-                "The last %d epochs are less than a horizon of %d: no update was made from them.",
-                self._epochs_recorded,
-                self.horizon,
+            few = (
+                f"The last {self._epochs_recorded} epochs are less than a horizon of "
+                f"{self.horizon}: no update was made from them."
             )
+            log.info(few)
+            if not self.history:
+                self._run.warn_once(
+                    f"{few} A horizon is begun anew by each `fit`: train for at least "
+                    f"{self.horizon} epochs in one, or pass a smaller `horizon`."
+                )
         self._estimator.forget()
         if self.model.optimizer.built:  # not after `epochs=0`
             self.model.optimizer.position.assign(0)
@@ -265,30 +280,15 @@ class DrMADCallback(keras.callbacks.Callback):
 
         What is tuned stays as it is; the weights are those first ones times `initial_scale`.
         """
-        if self._start is not None:
-            self._go_to(self._start, fresh=False)
+        self._run.restore_first_weights()
 
     # The horizon -----------------------------------------------------------------------------
 
     def _begin_horizon(self) -> None:
-        again = self.restart is True or (self.restart == "fresh" and (self.history or self._scale))
-        if self._start is not None and again:
-            self._go_to(self._start, fresh=self.restart == "fresh")
+        self._run.start_again()
         if self.model.optimizer.built:
             self.model.optimizer.position.assign(0)
         self._estimator.begin(self._steps, self._method.settings())
-
-    def _go_to(self, start: Start, fresh: bool) -> None:
-        """Set everything back but what is tuned, and scale the initial weights."""
-        tuned = [(v, tf.identity(v.value)) for v in self._space.targets]
-        if fresh:
-            start.restore_with_new_weights(self.model)
-        else:
-            start.restore()
-        for variable, value in tuned:
-            variable.assign(value)  # a weight of a layer, it may be part of what was set back
-        if self._scale is not None:
-            self._scale.apply(self.model)
 
     def _before_first_step(self, spec: Any) -> None:
         """Build what Keras would build in its first trace, and look at the data's form."""
@@ -297,20 +297,19 @@ class DrMADCallback(keras.callbacks.Callback):
             trace(model, spec)
         hyper_spec = data_of.element_spec(self.hyper_data)
         data_of.check_against(spec, hyper_spec, model)
+        if doubt := data_of.other_kind(spec, hyper_spec):
+            self._run.warn_once(doubt)
         sample_weights.check_use(model, hyper_spec)
+        if not self.history:
+            data_of.check_labels(self.hyper_data, model, self.outer_loss or model.loss)
         checks.check_trainable(model)
         for curvature in self._method.curvatures:
             checks.check_curvature(model, curvature)
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-            model.optimizer.attach(self)
-            if self._start is not None:  # it came with a checkpoint, in this horizon
-                self._go_to(self._start, fresh=self.restart == "fresh")
+            self._run.attach()
         checks.check_trained_variables(model)
-        if self.restart and self._start is None:
-            self._start = Start(model)
-            if self._scale is not None:
-                self._scale.apply(model)
+        self._run.before_first_step()
 
     def _method_for(self, max_batches: int | None) -> Fixed | Auto:
         """How hypergradients are to be estimated: by what was asked, or by measuring."""
@@ -318,7 +317,7 @@ class DrMADCallback(keras.callbacks.Callback):
             # Where the Hessian is wrong, differences of gradients are the exact way.
             smooth = not uncorrected_layers(self.model)
             exact = self.curvature or ("hessian" if smooth else "finite_difference")
-            whole = self._scale is not None  # its gradient is known at the first step alone
+            whole = self._space.scale is not None  # its gradient is known at the first step alone
             return Auto(self.fidelity, self.memory_limit, max_batches, exact, whole)
         default = "hessian" if self.trajectory.exact else "gauss_newton"
         setting = Setting(
@@ -345,129 +344,19 @@ class DrMADCallback(keras.callbacks.Callback):
         estimator.forget()
         if str(self._method.chosen) != before:
             self._say(f"DrMAD: {self._method.chosen}: {self._method.why}.")
-        reason = estimate.problem or self._move(estimate)
-        self._steps_done += estimator.steps
-        labels = self._space.labels(self.model)
-        hypergradients = self._space.hypergradients(self.model, estimate)
-        record = Record(
-            outer_loss=estimate.outer_loss,
-            hyperparameters=nested(labels, trained_with),
-            hypergradients=nested(labels, hypergradients),
-            initial_weights_gradient=None
-            if estimate.weights is None
-            else [g.numpy() for g in estimate.weights],
-            epoch=epoch,
-            step=self._steps_done,
-            accepted=not reason,
-            reason=reason,
-            verification=None
-            if agreement is None
-            else {name: dataclasses.asdict(found) for name, found in agreement.items()},
-            setting=str(self._method.chosen),
-            labels=tuple(labels),
-        )
-        for variable, h in zip(self._space.targets, estimate.tuned, strict=True):
-            if not reason and not np.any(h):
-                self._warn_once(
-                    f"The hypergradient of {variable.path} is exactly zero: nothing that was "
-                    "trained or measured depends on it. Is it part of this model or its loss?"
-                )
-        if reason:
-            self._warn_once(
-                f"An update of the hyperparameters was skipped: {reason}. They stay as they are. "
-                "If it comes again, that is noted in `history` alone.",
-                kind=re.sub(r"\d+", "", reason),
-            )
-        if estimate.fallback:
-            self._warn_once(
-                f"curvature={estimate.fallback!r} made the adjoint explode on this trajectory; "
-                "the horizon was walked with Gauss-Newton instead. trajectory='replay' is exact."
-            )
-        if self.history:
-            # One copy of the weights' gradient, not one per update.
-            self.history[-1] = dataclasses.replace(self.history[-1], initial_weights_gradient=None)
-        self.history.append(record)
+        record = self._run.update(estimate, agreement, trained_with, epoch)
         if self._writer is not None:
             self._writer.write(self.history)
         return record
-
-    def _move(self, estimate: Hypergradients) -> str:
-        moved = self._space.moved(self.model)
-        self.outer_optimizer = outer.built_for(self.outer_optimizer, [t.raw for t in moved])
-        hypergradients = self._space.moved_hypergradients(self.model, estimate)
-        return outer.update(self.outer_optimizer, moved, hypergradients, self.max_step)
-
-    # What is saved together with the model's optimizer (see `Optimizer.attach`) ---------------
-
-    def get_state(self) -> saving.State:
-        """What this run needs to go on, beside what Keras saves of model and optimizer."""
-        state = {"history": saving.bytes_of(lambda file: save_history(self.history, file))}
-        for prefix, variables in self._saved_variables().items():
-            state.update(saving.values_of(variables, prefix))
-        if self._start is not None:
-            state.update(saving.values_of(self._start.values(), "start_"))
-        return saving.with_notes(
-            state,
-            steps_done=self._steps_done,
-            unfinished=self._estimator.recorder.steps,
-            outer_optimizer=type(self.outer_optimizer).__name__,
-            method=self._method.get_state(),
-        )
-
-    def set_state(self, state: saving.State) -> None:
-        """Go on from where `get_state` was called."""
-        notes = saving.notes_of(state)
-        if notes["outer_optimizer"] != type(self.outer_optimizer).__name__:
-            raise ValueError(
-                f"The saved tuning run has the outer optimizer {notes['outer_optimizer']}, this "
-                f"callback has {type(self.outer_optimizer).__name__}. Pass the same one, or call "
-                "`model.optimizer.forget_run()` to begin a new run with the hyperparameters as "
-                "they are."
-            )
-        # All that can fail comes before all that is assigned.
-        history = load_history(io.BytesIO(state["history"].tobytes()))
-        start = None
-        if self.restart and "start_0" in state:
-            start = Start(self.model)
-            start.set_values(saving.entries(state, "start_"))
-        saved = self._saved_variables()
-        for prefix, variables in saved.items():
-            saving.check(variables, state, prefix)
-        self._method.set_state(notes["method"])
-        for prefix, variables in saved.items():
-            saving.assign(variables, state, prefix)
-        self.history[:] = history
-        self._start = start or self._start
-        self._steps_done = notes["steps_done"]
-        if notes["unfinished"]:
-            self._warn_once(
-                f"What was loaded was saved {notes['unfinished']} steps after the last update of "
-                "the hyperparameters. These steps count for no update: a new horizon begins. Save "
-                "once in a horizon; and let callbacks that save (BackupAndRestore, "
-                "ModelCheckpoint) stand behind DrMADCallback in `callbacks`, so that they see the "
-                "update."
-            )
-
-    def _saved_variables(self) -> dict[str, Sequence[keras.Variable]]:
-        """The variables of this run that neither model nor optimizer saves, by prefix."""
-        raw = [t.raw for t in self._space.moved(self.model)]
-        self.outer_optimizer = outer.built_for(self.outer_optimizer, raw)
-        if not self.outer_optimizer.built:
-            self.outer_optimizer.build(raw)
-        of_model = {id(v) for v in self.model.variables}
-        return {
-            # Of the loss, say.
-            "variable_": [v for v in self._space.targets if id(v) not in of_model],
-            "scale_": [] if self._scale is None else self._scale.raw(self.model),
-            "seed_": seed_variables(self.model),
-            "outer_optimizer_": self.outer_optimizer.variables,
-        }
 
     def _look_at_data(self, recorder: Any) -> None:
         """Say once what is kept, and whether the hyper data is the training data."""
         if self.history:
             return
         sample_weights.check_indices(self.model, recorder.batches)
+        if len(recorder.kept) == recorder.steps:
+            if more := sample_weights.too_many(self.model, recorder.batches):
+                self._run.warn_once(more)
         log.info(
             "Recorded %d steps: %d batches and what is kept of the states, %.1f MB.",
             recorder.steps,
@@ -475,7 +364,7 @@ class DrMADCallback(keras.callbacks.Callback):
             recorder.nbytes() / 1e6,
         )
         if recorder.batches and data_of.overlap(recorder.batches[0], self.hyper_data) > 0.5:
-            self._warn_once(
+            self._run.warn_once(
                 "Most of a training batch is found in `hyper_data`: it looks like the training "
                 "data. Hyperparameters tuned on it will overfit; hold some data out."
             )
@@ -484,9 +373,3 @@ class DrMADCallback(keras.callbacks.Callback):
         if self.params.get("verbose"):
             print(message)
         log.info(message)
-
-    def _warn_once(self, message: str, kind: str = "") -> None:
-        """Warn, unless of this kind (or by this message) it was warned before."""
-        if (kind or message) not in self._said:
-            self._said.add(kind or message)
-            warnings.warn(message, stacklevel=2)

@@ -45,6 +45,14 @@ def check_model_and_optimizer(
             "that the reverse pass would have to know of. Use "
             "keras.mixed_precision.set_global_policy('mixed_bfloat16') or float32."
         )
+    half = [layer.name for layer in model._flatten_layers() if layer.compute_dtype == "float16"]
+    if half:
+        raise ValueError(
+            f"float16 is not supported (dtype policies float16 and mixed_float16): {_some(half)} "
+            "would give gradients that need loss scaling, which skips updates that the reverse "
+            "pass would have to know of. Use "
+            "keras.mixed_precision.set_global_policy('mixed_bfloat16') or float32."
+        )
     if not isinstance(optimizer, Optimizer):
         name = type(optimizer).__name__
         raise TypeError(
@@ -164,6 +172,12 @@ def check_curvature(model: keras.Model, curvature: str) -> None:
             "it is called, which the reverse pass can't follow. Train without it, or with "
             "kernel_constraint=keras.constraints.UnitNorm() in its place."
         )
+    layers = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", 0) is True]
+    if layers:
+        raise ValueError(
+            f"stateful=True is not supported: {_names(layers)} begins each batch where the last "
+            "one ended, and these states are not recorded. Train with stateful=False."
+        )
     layers = [
         layer
         for layer in model._flatten_layers()
@@ -203,13 +217,20 @@ def check_choice(
     reverse_steps: Any,
     verify_every: int | None,
     memory_limit: int | None,
+    fidelity: float | None,
+    max_batches: int | None,
 ) -> None:
     """Refuse arguments of the callback that say two things at once.
+
+    Args:
+        trajectory: `"auto"` or an object of `keras_drmad.trajectories`.
+        curvature, window, reverse_steps, verify_every, memory_limit, fidelity, max_batches: As
+            they were passed; None is nothing.
 
     Raises:
         ValueError: naming the argument that would have no effect.
     """
-    is_auto = isinstance(trajectory, str) and trajectory == "auto"
+    is_auto = isinstance(trajectory, str)
     if is_auto and (window, reverse_steps) != (None, None):
         raise ValueError(
             "`window` and `reverse_steps` are chosen by trajectory='auto'. Name a trajectory "
@@ -227,13 +248,29 @@ def check_choice(
     if not is_auto and memory_limit is not None:
         raise ValueError(
             "`memory_limit` bounds what trajectory='auto' chooses. Received: memory_limit="
-            f"{memory_limit} with trajectory={trajectory!r}. Bound that by `window` and "
+            f"{memory_limit} with trajectory={trajectory.name!r}. Bound that by `window` and "
             "`max_batches` instead."
+        )
+    if not is_auto and fidelity is not None:
+        raise ValueError(
+            "`fidelity` is what trajectory='auto' aims at. Received: "
+            f"fidelity={fidelity} with trajectory={trajectory.name!r}. Leave it out; "
+            "`verify_every` measures how well a named trajectory does."
+        )
+    if not is_auto and trajectory.all_batches and max_batches is not None:
+        raise ValueError(
+            "`max_batches` is for a path that is not exact. Received: max_batches="
+            f"{max_batches} with trajectory={trajectory.name!r}, which needs every batch that it "
+            "walks over. Bound what is kept by `window` instead."
         )
 
 
 def _names(layers: Sequence[keras.layers.Layer]) -> str:
     return ", ".join(layer.name for layer in layers)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _recomputed(layer: keras.layers.Layer) -> str:

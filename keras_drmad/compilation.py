@@ -52,6 +52,12 @@ class Compilation:
             return False
         return math.isinf(pace.compiled) or pace.compiled < pace.plain
 
+    def settled(self, kind: str) -> bool:
+        """Whether every later walk of a kind goes the same way."""
+        if self.asked != "auto" or not self.possible or is_op_determinism_enabled():
+            return True
+        return not math.isinf(self._pace(kind).compiled)
+
     def note(self, kind: str, compiled: bool, seconds: float, steps: int) -> None:
         """What a walk took."""
         pace = self._pace(kind)

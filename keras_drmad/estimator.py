@@ -87,7 +87,8 @@ class Estimator:
         jit_compile: Whether walks are compiled by XLA; `"auto"` is whichever is faster.
 
     Raises:
-        ValueError: if XLA is asked for, where it would draw other random numbers than `fit` did.
+        ValueError: if XLA is asked for, or refused, where it would draw other random numbers than
+            `fit` did.
     """
 
     def __init__(
@@ -108,6 +109,10 @@ class Estimator:
     def traces(self) -> int:
         """How often a reverse loop was traced."""
         return sum(loop.traces for loop in self._loops.values())
+
+    def settled(self, setting: Setting) -> bool:
+        """Whether it is decided whether XLA compiles walks by a setting."""
+        return self._compilation.settled(str(setting))
 
     # Forward -----------------------------------------------------------------------------------
 
@@ -358,6 +363,12 @@ def _compilation(model: keras.Model, asked: bool | str) -> Compilation:
     if not seed_variables(model):
         return Compilation(asked)
     if model.jit_compile and not model.run_eagerly:
+        if asked is False:
+            raise ValueError(
+                "`jit_compile=False` of the reverse pass would draw other dropout masks (or noise) "
+                "than the training, which is compiled by XLA. Compile the model with "
+                "jit_compile=False as well, or leave the reverse pass to jit_compile='auto'."
+            )
         return Compilation(True)
     if asked is True:
         raise ValueError(

@@ -10,28 +10,40 @@ import numpy as np
 import tensorflow as tf
 
 from keras_drmad.objectives import trace
+from keras_drmad.tunable import losses_in
+
+BATCH_SIZE = 1024  # of arrays, where none is asked for
+LONGEST = 10_000  # batches of a dataset of unknown length, which may have no end
 
 _FORMS = "(x, y), (x, y, sample_weight), a tf.data.Dataset or a keras.utils.PyDataset"
 
 
-def batches_of(data: Any, batch_size: int) -> Iterable[Any]:
+def batches_of(data: Any, batch_size: int | None = None) -> Iterable[Any]:
     """The batches of hyper data.
 
     Args:
         data: `(x, y[, sample_weight])` of arrays or nested structures of arrays, a
             `tf.data.Dataset` of batches, or a `keras.utils.PyDataset`.
-        batch_size: Examples per batch, where arrays are passed.
+        batch_size: Examples per batch, where arrays are passed; None is `BATCH_SIZE`.
 
     Raises:
         ValueError, TypeError: if there is no example, arrays differ in length, a number is not
-            finite, a dataset never ends, or the data is of another form.
+            finite, a dataset never ends or is to be batched again, or the data is of another form.
     """
+    if batch_size is not None and isinstance(data, (tf.data.Dataset, keras.utils.PyDataset)):
+        raise ValueError(
+            "`hyper_batch_size` is for arrays: a dataset gives batches of its own. Received: "
+            f"hyper_batch_size={batch_size} with {type(data).__name__}. Batch the dataset as you "
+            "want it, and leave the argument out."
+        )
     if isinstance(data, tf.data.Dataset):
         cardinality = int(data.cardinality())
         if cardinality == 0:
             raise ValueError("`hyper_data` is empty: the outer loss needs at least one example.")
-        if cardinality == tf.data.UNKNOWN_CARDINALITY and next(iter(data), None) is None:
-            raise ValueError("`hyper_data` is empty: the dataset gave no batch.")
+        if cardinality == tf.data.UNKNOWN_CARDINALITY:
+            if next(iter(data), None) is None:
+                raise ValueError("`hyper_data` is empty: the dataset gave no batch.")
+            return _Bounded(data)
         if cardinality == tf.data.INFINITE_CARDINALITY:
             raise ValueError(
                 "`hyper_data` never ends. Pass a finite dataset, for example data.take(100)."
@@ -42,13 +54,13 @@ def batches_of(data: Any, batch_size: int) -> Iterable[Any]:
             raise ValueError("`hyper_data` is an empty or endless PyDataset: give it a length.")
         return _Indexed(data)
     if isinstance(data, (tuple, list)) and len(data) in (2, 3):
-        return _dataset(tuple(data), batch_size)
+        return _dataset(tuple(data), batch_size or BATCH_SIZE)
     raise TypeError(f"`hyper_data` is {_FORMS}. Received: {_describe(data)}")
 
 
 def element_spec(batches: Iterable[Any]) -> Any:
     """The form of one batch: nested `tf.TensorSpec` with an open first dimension."""
-    if isinstance(batches, tf.data.Dataset):
+    if isinstance(batches, (tf.data.Dataset, _Bounded)):
         return batches.element_spec
     return keras.tree.map_structure(
         lambda x: None if x is None else tf.TensorSpec([None, *x.shape[1:]], x.dtype),
@@ -101,6 +113,66 @@ def check_against(training: Any, hyper: Any, model: keras.Model) -> None:
                 )
 
 
+def check_labels(batches: Iterable[Any], model: keras.Model, loss: Any) -> None:
+    """Refuse class numbers that the model has no output for, where a sparse cross-entropy is taken.
+
+    The data is read once; where the number of outputs is not known, not at all.
+
+    Args:
+        batches: The hyper data.
+        model: The model, built.
+        loss: The loss that is measured on them.
+
+    Raises:
+        ValueError: naming the label and the range.
+    """
+    losses, outputs = keras.tree.flatten(loss), getattr(model, "outputs", None) or []
+    if len(losses) != 1 or len(outputs) != 1:
+        return
+    named = losses[0] if not isinstance(losses[0], str) else keras.losses.get(losses[0])
+    sparse = [x for x in (named, *losses_in(named)) if _is_sparse(x)]
+    classes = outputs[0].shape[-1]
+    if not sparse or classes is None:
+        return
+    ignored = getattr(sparse[0], "ignore_class", None)
+    for batch in batches:
+        for y in keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(batch)[1]):
+            labels = np.unique(y.numpy()) if isinstance(y, tf.Tensor) else np.zeros(0)
+            outside = [v for v in labels if not 0 <= v < classes and v != ignored]
+            if outside:
+                raise ValueError(
+                    f"A label of `hyper_data` is {outside[0]:g}, but the model has {classes} "
+                    f"outputs, for labels from 0 to {classes - 1}. Number the classes from 0 as in "
+                    "the training data, or give the model an output for each."
+                )
+
+
+def _is_sparse(loss: Any) -> bool:
+    function = keras.losses.sparse_categorical_crossentropy
+    if isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
+        return getattr(loss, "axis", -1) == -1
+    return function in (loss, getattr(loss, "function", None))
+
+
+def other_kind(training: Any, hyper: Any) -> str:
+    """What to warn of where one of training and hyper inputs are whole numbers, the other not.
+
+    Args:
+        training, hyper: Element specs that `check_against` has let through.
+    """
+    expected, given = (
+        _specs(keras.utils.unpack_x_y_sample_weight(spec)[0]) for spec in (training, hyper)
+    )
+    for key in expected:
+        if expected[key].dtype.is_integer != given[key].dtype.is_integer:
+            return (
+                f"The inputs of `hyper_data` are {given[key].dtype.name}, those that the model "
+                f"trains on {expected[key].dtype.name}. If one of them was scaled and the other "
+                "not, the outer loss is not that of this model: prepare both in the same way."
+            )
+    return ""
+
+
 def _takes(model: keras.Model, batch: Any) -> bool:
     try:
         trace(model, batch)
@@ -116,6 +188,23 @@ def overlap(training: Any, batches: Iterable[Any]) -> float:
     for batch in batches:
         found |= rows & _row_hashes(batch)
     return len(found) / max(1, len(rows))
+
+
+class _Bounded:
+    """A dataset of unknown length, up to a length at which it is taken for one without end."""
+
+    def __init__(self, data: tf.data.Dataset):
+        self._data, self.element_spec = data, data.element_spec
+
+    def __iter__(self) -> Iterator[Any]:
+        for i, batch in enumerate(self._data):
+            if i == LONGEST:
+                raise ValueError(
+                    f"`hyper_data`, a dataset of unknown length, has given {LONGEST} batches and "
+                    "is not at its end. Pass a finite one, for example data.take(100); or tell its "
+                    "length by data.apply(tf.data.experimental.assert_cardinality(n))."
+                )
+            yield batch
 
 
 class _Indexed:

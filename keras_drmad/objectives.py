@@ -6,6 +6,7 @@ model would assign (moving statistics, seeds, metrics) is dropped.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,10 @@ class OuterLoss:
     ):
         self.model, self.data, self.loss = model, data, loss
         self.tuned = list(tuned)
-        self._gradient = tf.function(self._batch_gradient, reduce_retracing=True, autograph=False)
+        # TensorFlow counts the traces of a function by its code, and warns of many. A partial is
+        # counted by itself, or one trace of each of several callbacks would be taken for retracing.
+        gradient = functools.partial(self._batch_gradient)
+        self._gradient = tf.function(gradient, reduce_retracing=True, autograph=False)
 
     @property
     def weights(self) -> list[keras.Variable]:
@@ -106,11 +110,21 @@ class OuterLoss:
         total: list[tf.Tensor] | None = None
         count = tf.zeros((), tf.int64)
         for data in self.data:
-            terms, size = self._gradient(values, _without_optionals(data))
+            try:
+                terms, size = self._gradient(values, _without_optionals(data))
+            except tf.errors.InvalidArgumentError as error:
+                raise ValueError(
+                    "The model or its loss can't take a batch of `hyper_data`; a label or an index "
+                    "may be out of range, or a shape another one. Prepare the hyper data as the "
+                    f"training data. TensorFlow says: {_said(error)}"
+                ) from error
             total = terms if total is None else [a + b for a, b in zip(total, terms, strict=True)]
             count += size
         if total is None:
-            raise ValueError("`hyper_data` gave no batch. Pass at least one example.")
+            raise ValueError(
+                "`hyper_data` gave no batch any more. It is read at every update: pass a dataset "
+                "that can be iterated again and again, for example data.cache()."
+            )
         mean = [term / tf.cast(count, term.dtype) for term in total]
         n = len(self.weights)
         return mean[0], mean[1 : n + 1], mean[n + 1 :]
@@ -146,6 +160,12 @@ class OuterLoss:
             return compiled(y, predicted, sample_weight)
         # A model that computes its loss itself: there is no way to leave its penalties out.
         return _compute_loss(self.model, x, y, predicted, sample_weight, training=False)
+
+
+def _said(error: tf.errors.OpError) -> str:
+    """The sentence of an error, without the graph that stands around it."""
+    lines = [line for line in error.message.split("[[")[0].splitlines() if line.strip()]
+    return lines[-1].strip() if lines else error.message
 
 
 def _in_outer_loss(variable: keras.Variable, value: tf.Tensor) -> tf.Tensor:

@@ -101,9 +101,27 @@ def get(optimizer: str | keras.optimizers.Optimizer) -> keras.optimizers.Optimiz
     """The outer optimizer of a name, with `NAMED_LEARNING_RATE`; or the object itself.
 
     Raises:
-        ValueError: for an unknown name or another object.
+        TypeError, ValueError: for an unknown name or another object, and for settings of an
+            optimizer that have no meaning here.
     """
     if isinstance(optimizer, keras.optimizers.Optimizer):
+        if getattr(optimizer, "hyperparameters", ()):
+            raise ValueError(
+                "`outer_optimizer` moves the hyperparameters, and nothing tunes its own. Received: "
+                f"{type(optimizer).__name__} with a Hyperparameter. Pass 'adam' or a Keras "
+                "optimizer; the model's optimizer stays in `compile`."
+            )
+        for setting in ("use_ema", "loss_scale_factor"):
+            if getattr(optimizer, setting, None):
+                raise ValueError(
+                    f"`{setting}` of the `outer_optimizer` would be of no use to hyperparameters. "
+                    f"Received: {setting}={getattr(optimizer, setting)!r}. Leave it out."
+                )
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                "`outer_optimizer` gets hypergradients that no loss scale was applied to. "
+                "Received: LossScaleOptimizer. Pass its inner optimizer."
+            )
         return optimizer
     if isinstance(optimizer, str):
         try:

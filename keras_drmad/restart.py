@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ class Start:
 
     def __init__(self, model: keras.Model):
         self._saved = [(v, tf.identity(v.value)) for v in _state(model)]
+        self.seed = random.randrange(2**31)  # what new weights are drawn from
 
     def values(self) -> list[tf.Tensor]:
         """What everything is set back to."""
@@ -47,14 +49,22 @@ class Start:
         for variable, value in self._saved:
             variable.assign(value)
 
-    def restore_with_new_weights(self, model: keras.Model) -> None:
+    def restore_with_new_weights(self, model: keras.Model, count: int) -> None:
         """Set everything back, except trainable weights: they are newly initialised.
 
         Frozen weights may have been loaded, and statistics adapted: both stay as they were.
 
+        Args:
+            model: The model.
+            count: How often it was trained before: each time other weights are drawn, and the
+                same in a run that was stopped in between and one that was not.
+
         Raises:
             ValueError: if the model can't be cloned by `keras.models.clone_model`.
         """
+        # Keras's initializers draw their seeds from here, unless they were given one.
+        before = random.getstate()
+        random.seed(self.seed + count)
         try:
             clone = keras.models.clone_model(model)
             if not clone.built:
@@ -66,6 +76,8 @@ class Start:
                 f"failed for {type(model).__name__}: {error}. Give the model a `get_config`, or "
                 "use restart=True."
             ) from error
+        finally:
+            random.setstate(before)
         if [tuple(v.shape) for v in fresh] != [tuple(v.shape) for v in model.weights]:
             raise ValueError(
                 "restart='fresh': a clone of the model has other weights than the model. Use "

@@ -135,16 +135,39 @@ def check_indices(model: keras.Model, batches: Sequence[Any]) -> None:
     if not used:
         return
     n = min(loss.n for loss in used)
-    for batch in batches:
-        for index in keras.tree.flatten(keras.utils.unpack_x_y_sample_weight(batch)[2]):
-            if index is None:
-                continue
-            low, high = int(tf.reduce_min(index)), int(tf.reduce_max(index))
-            if low < 0 or high >= n:
-                raise ValueError(
-                    f"SampleWeights(n={n}) expects indices from 0 to {n - 1} as `sample_weight`. "
-                    f"Received: {low if low < 0 else high}. `n` is the number of training examples."
-                )
+    for index in _indices(batches):
+        low, high = int(tf.reduce_min(index)), int(tf.reduce_max(index))
+        if low < 0 or high >= n:
+            raise ValueError(
+                f"SampleWeights(n={n}) expects indices from 0 to {n - 1} as `sample_weight`. "
+                f"Received: {low if low < 0 else high}. `n` is the number of training examples."
+            )
+
+
+def too_many(model: keras.Model, batches: Sequence[Any]) -> str:
+    """What to warn of where all the indices that came are the first ones, and not all of `n`.
+
+    Args:
+        model: A compiled model.
+        batches: Every training batch of a horizon.
+    """
+    used = _used_by(model)
+    if not used or not (indices := _indices(batches)):
+        return ""
+    n = max(loss.n for loss in used)
+    came = np.unique(np.concatenate([np.ravel(index) for index in indices]))
+    if len(came) == n or came[-1] != len(came) - 1:  # others may come in the next horizon
+        return ""
+    return (
+        f"SampleWeights(n={n}) received the indices from 0 to {came[-1]} in the first horizon, and "
+        f"no other: {n - len(came)} weights belong to no example. `n` is the number of training "
+        f"examples; pass n={len(came)} if that is all of them."
+    )
+
+
+def _indices(batches: Sequence[Any]) -> list[Any]:
+    found = [keras.utils.unpack_x_y_sample_weight(batch)[2] for batch in batches]
+    return [index for index in keras.tree.flatten(found) if index is not None]
 
 
 def _used_by(model: keras.Model) -> list[SampleWeights]:

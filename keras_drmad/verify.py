@@ -63,7 +63,7 @@ def hypergradients(
     curvature: str | None = None,
     window: Amount = None,
     reverse_steps: Amount = None,
-    hyper_batch_size: int = 1024,
+    hyper_batch_size: int | None = None,
     **fit_arguments: Any,
 ) -> Record:
     """Train a model, and differentiate the outer loss through that training.
@@ -97,7 +97,7 @@ def hypergradients(
         # Steps of size zero: a measurement moves nothing. The restart keeps the first weights.
         outer_optimizer=keras.optimizers.SGD(0.0),
         restart=True,
-        horizon=fit_arguments.get("epochs", 1),
+        horizon=_epochs(fit_arguments),
         trajectory=trajectory,
         curvature=curvature,
         window=window,
@@ -119,7 +119,7 @@ def verify_hypergradients(
     window: Amount = None,
     reverse_steps: Amount = None,
     entries: int = 3,
-    hyper_batch_size: int = 1024,
+    hyper_batch_size: int | None = None,
     **fit_arguments: Any,
 ) -> Verification:
     """Measure an estimator against the exact hypergradient, and that against finite differences.
@@ -156,7 +156,7 @@ def verify_hypergradients(
         hyper_data,
         outer_optimizer=keras.optimizers.SGD(0.0),
         restart=True,
-        horizon=fit_arguments.get("epochs", 1),
+        horizon=_epochs(fit_arguments),
         trajectory=trajectory,
         curvature=curvature,
         window=window,
@@ -242,6 +242,18 @@ def _probe(
             difference = (losses[0] - losses[1]) / (2.0 * step)
             probes.append(Probe(argument, optimizer.groups[i].key, index, value, difference))
     return probes
+
+
+def _epochs(arguments: dict[str, Any]) -> int:
+    """How many epochs a fit takes, all of them one horizon."""
+    first, last = arguments.get("initial_epoch", 0), arguments.get("epochs", 1)
+    if not isinstance(last - first, int) or last <= first:
+        raise ValueError(
+            f"`epochs` is the number of the last epoch. Received: epochs={last!r} with "
+            f"initial_epoch={first!r}, so that there is no training. Pass at least "
+            f"epochs={first + 1}."
+        )
+    return last - first
 
 
 def _fit(model, x, y, callback: DrMADCallback, arguments: dict[str, Any]) -> None:

@@ -364,8 +364,9 @@ in place: a process that is killed in that very moment leaves a backup that can'
 MIDDLE = """\
 ## What is refused
 
-Before the first training step, by a message that says what to do instead. All that is not named
-in a row is as in the first row above.
+By a message that says what to do instead, before the first training step; but ReduceLROnPlateau
+when it first acts, since Keras shows a callback nothing of the others in its list. All that is not
+named in a row is as in the first row above.
 """
 
 

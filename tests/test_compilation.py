@@ -44,6 +44,8 @@ def test_a_compiled_walk_collects_the_same(float64, arguments):
 def test_auto_stays_plain_in_a_short_run():
     callback = fit(trajectory="linear")
     assert not any(on for _, on in callback._estimator._loops)
+    assert not callback.settled
+    assert fit(trajectory="linear", jit_compile=False).settled
 
 
 def test_auto_compiles_once_plain_walks_have_taken_long(monkeypatch, float64):
@@ -79,13 +81,22 @@ def test_what_xla_cannot_compile_is_refused_where_xla_is_asked_for():
 def test_masks_that_would_differ_are_refused():
     with pytest.raises(ValueError, match="other dropout masks"):
         fit(layer=keras.layers.Dropout(0.5), trajectory="linear", jit_compile=True)
+    fits.start()
+    dropout, dense = keras.layers.Dropout(0.5), keras.layers.Dense(fits.CLASSES)
+    model = fits.compiled(keras.Sequential([keras.Input((5,)), dropout, dense]), jit_compile=True)
+    callback = kd.DrMADCallback(fits.examples(9, seed=1), jit_compile=False)
+    with pytest.raises(
+        ValueError, match="`jit_compile=False` of the reverse pass would draw other"
+    ):
+        model.fit(*fits.examples(8), verbose=0, callbacks=[callback])
 
 
 def test_the_faster_way_is_taken():
     for seconds, faster in ((5.0, True), (20.0, False)):
         choice = Compilation("auto")
         used = []
-        for _ in range(5):
+        for i in range(5):
+            assert choice.settled("linear") == (i > 2)
             compiled = choice.use("linear")
             used.append(compiled)
             # The first compiled walk takes time to compile.

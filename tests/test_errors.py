@@ -1,5 +1,6 @@
 """Refusals: early, readable, and with nothing changed. Each says what to do instead."""
 
+import itertools
 import re
 
 import fits
@@ -11,6 +12,7 @@ from keras import layers
 from versions import cases
 
 import keras_drmad as kd
+from keras_drmad import hyper_data
 
 BATCH = 4
 X, Y = fits.examples(8, dtype="float32")
@@ -53,7 +55,7 @@ def variable(value=1.0, **options):
 
 ARGUMENTS = [
     ("horizon", (0, -1, True, 1.5, "1", None), WHOLE),
-    ("hyper_batch_size", (0, 2.0, None), WHOLE),
+    ("hyper_batch_size", (0, 2.0), WHOLE),
     ("max_batches", (0, True, 1.5), WHOLE),
     ("memory_limit", (0, 1e6), WHOLE),
     ("verify_every", (0, "2"), WHOLE),
@@ -62,7 +64,7 @@ ARGUMENTS = [
     ("curvature", ("nope", 3, ["hessian"]), CURVATURES),
     ("window", (-1, 0, 1.5, True, "x"), AMOUNT),
     ("reverse_steps", (-1, 0, 0.0, nan), AMOUNT),
-    ("fidelity", (2, 0, 1.0, "x", None), "is a number above 0 and below 1"),
+    ("fidelity", (2, 0, 1.0, "x"), "is a number above 0 and below 1"),
     ("max_step", (0, -1.0, nan, "1", None), NUMBER),
     ("outer_optimizer", ("nope", "sign"), "is not the name of a Keras optimizer, such as 'adam'"),
     ("outer_optimizer", (3, None, keras.optimizers.Adam), "is a Keras optimizer or its name"),
@@ -102,23 +104,6 @@ def test_entries_of_variables(name):
     assert_says(message, *expected)
 
 
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        (dict(window=10), "Name a trajectory"),
-        (dict(reverse_steps=0.5), "Name a trajectory"),
-        (dict(curvature="gauss_newton"), "Name a trajectory"),
-        (dict(verify_every=2), "Leave it out"),
-        (dict(trajectory="linear", memory_limit=10**6), "Bound that by `window`"),
-    ],
-)
-def test_arguments_that_would_be_of_no_effect(arguments, says):
-    message = message_of(ValueError, lambda: kd.DrMADCallback(HYPER, **arguments))
-    for argument in set(arguments) - {"trajectory"}:
-        assert_says(message, f"`{argument}`" if argument != "curvature" else "curvature=")
-    assert_says(message, says)
-
-
 # Hyper data -------------------------------------------------------------------------------------
 
 
@@ -139,6 +124,30 @@ class Batches(keras.utils.PyDataset):
 
 def slices(*arrays):
     return tf.data.Dataset.from_tensor_slices(arrays)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (dict(window=10), "Name a trajectory"),
+        (dict(reverse_steps=0.5), "Name a trajectory"),
+        (dict(curvature="gauss_newton"), "Name a trajectory"),
+        (dict(verify_every=2), "Leave it out"),
+        (dict(trajectory="linear", memory_limit=10**6), "Bound that by `window`"),
+        (dict(trajectory="linear", fidelity=0.9), "with trajectory='linear'. Leave it out"),
+        (dict(trajectory=kd.trajectories.Replay(), max_batches=9), "'replay', which needs"),
+        (dict(trajectory="stored", max_batches=9), "Bound what is kept by `window`"),
+        (dict(hyper_data=slices(*HYPER).batch(2), hyper_batch_size=2), "leave the argument out"),
+        (dict(hyper_data=Batches(), hyper_batch_size=2), "with Batches. Batch the dataset as"),
+        (dict(initial_scale=kd.Hyperparameter(1.0)), "Pass restart=True"),
+    ],
+)
+def test_arguments_that_would_be_of_no_effect(arguments, says):
+    arguments = {"hyper_data": HYPER, **arguments}
+    message = message_of(ValueError, lambda: kd.DrMADCallback(**arguments))
+    for argument in set(arguments) - {"trajectory", "hyper_data"}:
+        assert_says(message, f"`{argument}`" if argument != "curvature" else "curvature=")
+    assert_says(message, says)
 
 
 NAN_X = HYPER_X.copy()
@@ -241,10 +250,10 @@ def stepping_by_attribute():
     return model
 
 
-def mixed():
-    keras.config.set_dtype_policy("mixed_float16")
+def half(policy="mixed_float16", **options):
+    keras.config.set_dtype_policy(policy)
     try:
-        return net()
+        return net(**options)
     finally:
         keras.config.set_dtype_policy("float32")
 
@@ -306,7 +315,12 @@ FIT = {  # model, callbacks, what is said
     "train_step": (lambda: custom(Stepping), "Stepping has a `train_step`", "`compute_loss`"),
     "train_step by attribute": (stepping_by_attribute, "`train_step` of its own"),
     "make_train_function": (lambda: custom(Making), "`make_train_function`", "`compute_loss`"),
-    "mixed_float16": (mixed, "mixed_float16 is not supported", "'mixed_bfloat16') or float32"),
+    "mixed_float16 without loss scaling": (
+        lambda: half(auto_scale_loss=False),
+        "float16 is not supported", "sequential, input_layer, hidden, ... would", "or float32",
+    ),
+    "float16": (lambda: half("float16", auto_scale_loss=False), "float16 is not supported"),
+    "mixed_float16": (half, "mixed_float16 is not supported", "'mixed_bfloat16') or float32"),
     "loss scaling": (
         lambda: net(keras.optimizers.LossScaleOptimizer(fits.optimizer())), "LossScaleOptimizer"
     ),
@@ -372,6 +386,113 @@ def test_what_can_not_be_tuned(name):
         # In Keras 3.8 a LossScaleOptimizer leaves its own count at 0.
         counting = getattr(optimizer, "inner_optimizer", optimizer)
         assert int(counting.iterations) >= len(X) // BATCH
+
+
+def stateful():
+    """A model that begins each batch where the last one ended."""
+    recurrent = layers.LSTM(4, stateful=True, name="memory")
+    return keras.Sequential([keras.Input(batch_shape=(4, 5, 1)), recurrent, layers.Dense(3)])
+
+
+def test_layers_that_keep_a_state():
+    tuned = kd.DrMADCallback((HYPER_X[:4, :, None], HYPER_Y[:4]))
+    model = compiled(stateful())
+    said = message_of(
+        ValueError, lambda: model.fit(X[..., None], Y, BATCH, verbose=0, callbacks=[tuned])
+    )
+    assert_says(said, "stateful=True is not supported: memory", "Train with stateful=False")
+
+
+CLASSES = "A label of `hyper_data` is {}, but the model has 3 outputs, for labels from 0 to 2"
+SPARSE = keras.losses.SparseCategoricalCrossentropy
+LABELS = {  # the loss; hyper data of a class that the model does not know
+    "an object": (SPARSE(from_logits=True), (HYPER_X, HYPER_Y + 1)),
+    "negative": (SPARSE(from_logits=True), (HYPER_X, HYPER_Y - 1)),
+    "a name": ("sparse_categorical_crossentropy", (HYPER_X, HYPER_Y + 1.0)),
+    "a list": ([LOSS], slices(HYPER_X, HYPER_Y + 1).batch(2)),
+    "wrapped": (kd.losses.ClassWeights(3, LOSS), Batches(y=HYPER_Y + 1)),
+    "outer loss": ("sparse_categorical_crossentropy", (HYPER_X, HYPER_Y + 1)),
+    "ignored class": (SPARSE(from_logits=True, ignore_class=4), (HYPER_X, HYPER_Y + 1)),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_of_hyper_data_that_are_no_class(name):
+    loss, hyper = LABELS[name]
+    model = net()
+    model.compile(fits.optimizer(), loss, run_eagerly=True)
+    outer = dict(outer_loss=SPARSE(from_logits=True)) if name == "outer loss" else {}
+    before = model.get_weights()
+
+    def fit(hyper=hyper):
+        model.fit(X, Y, BATCH, verbose=0, callbacks=[callback(hyper, **outer)])
+
+    assert_says(message_of(ValueError, fit), CLASSES.format(-1 if name == "negative" else 3))
+    fits.assert_near(model.get_weights(), before, 0)
+    if name == "ignored class":
+        fit((HYPER_X, np.where(HYPER_Y == 0, 4, HYPER_Y)))
+
+
+def test_what_the_model_can_not_take():
+    """A fault that only TensorFlow sees is told in a sentence that names the hyper data."""
+    fits.start()
+    inner = [layers.Embedding(10, 2), layers.Flatten(), layers.Dense(3)]
+    model = compiled(keras.Sequential([keras.Input((5,), dtype="int32"), *inner]))
+    x = np.arange(40, dtype="int32").reshape(8, 5) % 10
+    tuned = callback((x[:6] + 7, HYPER_Y))
+    said = message_of(ValueError, lambda: model.fit(x, Y, BATCH, verbose=0, callbacks=[tuned]))
+    assert_says(said, "can't take a batch of `hyper_data`", "TensorFlow says: ", "not in [0, 10)")
+    assert "File" not in said
+
+
+def generated(generator):
+    """A dataset of unknown length."""
+    spec = tf.TensorSpec((None, 5)), tf.TensorSpec((None,), "int64")
+    return tf.data.Dataset.from_generator(generator, output_signature=spec)
+
+
+def test_hyper_data_without_an_end_that_nobody_told(monkeypatch):
+    monkeypatch.setattr(hyper_data, "LONGEST", 20)
+    tuned = callback(generated(lambda: itertools.repeat(HYPER)))
+    said = message_of(ValueError, lambda: net().fit(X, Y, BATCH, verbose=0, callbacks=[tuned]))
+    assert_says(said, "has given 20 batches", "data.take(100)", "assert_cardinality(n)")
+    tuned = callback(generated(lambda: itertools.repeat(HYPER, 20)))
+    net().fit(X, Y, BATCH, 2, verbose=0, callbacks=[tuned])
+    assert [record.accepted for record in tuned.history] == [True, True]
+
+
+def test_hyper_data_that_can_be_read_once():
+    once = itertools.repeat(HYPER, 3)
+    tuned = callback(generated(lambda: once))
+    said = message_of(ValueError, lambda: net().fit(X, Y, BATCH, verbose=0, callbacks=[tuned]))
+    assert_says(said, "`hyper_data` gave no batch any more", "data.cache()")
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: fits.optimizer(), "nothing tunes its own. Received: SGD with a Hyperparameter"),
+        (lambda: keras.optimizers.Adam(use_ema=True), "`use_ema` of the `outer_optimizer`"),
+        (lambda: keras.optimizers.SGD(loss_scale_factor=2.0), "loss_scale_factor=2.0. Leave it"),
+        (lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)), "inner optimizer"),
+    ],
+)
+def test_outer_optimizers_with_what_has_no_meaning_there(make, says):
+    optimizer = make()
+    said = message_of(ValueError, lambda: kd.DrMADCallback(HYPER, outer_optimizer=optimizer))
+    assert_says(said, "`outer_optimizer`")
+    assert_says(said, says)
+
+
+@pytest.mark.parametrize("function", [kd.hypergradients, kd.verify_hypergradients])
+def test_a_measurement_over_the_epochs_of_a_fit(function):
+    def measure(**epochs):
+        return function(net(), X, Y, hyper_data=HYPER, batch_size=BATCH, **epochs)
+
+    found = measure(epochs=3, initial_epoch=1)
+    assert getattr(found, "step", None) or found.steps == 4
+    said = message_of(ValueError, lambda: measure(epochs=2, initial_epoch=2))
+    assert_says(said, "`epochs` is the number of the last epoch", "epochs=2 with initial_epoch=2")
 
 
 @pytest.mark.parametrize(
@@ -480,6 +601,22 @@ def test_a_rate_that_is_not_tuned_can_be_set():
 
 
 # What is told and goes on -----------------------------------------------------------------------
+
+
+def test_inputs_of_another_kind():
+    tuned = callback(((100 * HYPER_X).astype("int32"), HYPER_Y))
+    with pytest.warns(UserWarning, match="of `hyper_data` are int32, .* trains on float32") as w:
+        net().fit(X, Y, BATCH, 2, verbose=0, callbacks=[tuned])
+    assert len(w) == 1 and len(tuned.history) == 2
+
+
+def test_a_fit_that_is_shorter_than_a_horizon():
+    """Nothing is ever tuned by it, nor by many of them."""
+    model, tuned = net(), callback(horizon=3)
+    with pytest.warns(UserWarning, match="2 epochs are less than a horizon of 3.*begun anew") as w:
+        for _ in range(2):
+            model.fit(X, Y, BATCH, 2, verbose=0, callbacks=[tuned])
+    assert len(w) == 1 and tuned.history == []
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_every_horizon_starts_from_the_first_weights_times_the_present_scale(flo
             np.testing.assert_allclose(outer_loss(first, scales), record.outer_loss, rtol=1e-12)
         assert others.keys() == {"learning_rate", "l2"}
     callback.restore_first_weights()
-    now = [float(v[0]) for v in callback._scale.values(model)]
+    now = [float(v[0]) for v in callback._space.scale.values(model)]
     for weight, start, scale in zip(model.get_weights(), first, np.repeat(now, 2), strict=True):
         np.testing.assert_allclose(weight, scale * start, rtol=1e-12)
 
@@ -188,5 +188,5 @@ def test_a_saved_run_goes_on_with_its_scales(tmp_path, float64):
         fits.assert_near(a.hyperparameters["initial_scale"], b.hyperparameters["initial_scale"])
     assert len(first.history) == 3
     assert first.history[2].outer_loss == second.history[2].outer_loss
-    now = [c._scale.values(m) for c, m in ((first, model), (second, loaded))]
+    now = [c._space.scale.values(m) for c, m in ((first, model), (second, loaded))]
     fits.assert_near(*now)

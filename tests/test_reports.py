@@ -11,7 +11,7 @@ import pytest
 import records
 
 import keras_drmad as kd
-from keras_drmad import reports
+from keras_drmad import progress, reports
 
 
 def same(a, b):
@@ -227,15 +227,15 @@ def test_the_table_by_layer_and_before_the_first_update():
 def clock(monkeypatch):
     """A clock that is set by hand."""
     now = [100.0]
-    monkeypatch.setattr(reports.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
 def walked(clock, verbose, seconds):
-    progress = reports.Progress("Walking back", verbose)
+    walk = reports.Progress("Walking back", verbose)
     for done, at in enumerate(seconds):
         clock[0] = 100.0 + at
-        progress(done, len(seconds) - 1)
+        walk(done, len(seconds) - 1)
 
 
 @pytest.mark.parametrize("verbose", [1, 2, "auto"])

@@ -1,8 +1,11 @@
 """The graphs are traced once, whatever the number of updates."""
 
+import logging
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_drmad as kd
 
@@ -40,3 +43,23 @@ def test_traced_once_for_several_updates_and_fits(arguments, examples, traces):
         assert 1 <= callback.traces <= traces
         # Batches of hyper data come in two sizes at most.
         assert 1 <= callback._outer_loss._gradient.experimental_get_tracing_count() <= 2
+
+
+def test_several_callbacks_are_not_taken_for_retracing():
+    """TensorFlow warns of a function that is traced in 5 of 10 calls, and counts by its code."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = tf.get_logger()
+    logger.addHandler(handler)
+    try:
+        for _ in range(6):
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+            rate = kd.Hyperparameter(0.1)
+            model.compile(kd.optimizers.SGD(rate), "mse", run_eagerly=True)
+            callback = kd.DrMADCallback((HYPER[0], np.eye(3)[HYPER[1]]), trajectory="linear")
+            model.fit(X[:8], np.eye(3)[Y[:8]], 8, verbose=0, callbacks=[callback])
+            assert len(callback.history) == 1
+    finally:
+        logger.removeHandler(handler)
+    assert not [text for text in said if "retracing" in text]

@@ -51,7 +51,7 @@ ROOMS = {
     ),
     "fidelity": "estimator objectives trajectories | keras numpy",
     "restart": "objectives | keras tensorflow",
-    "hyper_data": "objectives | keras numpy tensorflow",
+    "hyper_data": "objectives tunable | keras numpy tensorflow",
     "outer": "domains tunable | keras numpy tensorflow",
     "checks": (
         "base_optimizer curvature hyperparameters normalization objectives optimizers tunable "
@@ -64,15 +64,22 @@ ROOMS = {
         "base_optimizer batches checks derivatives layer_calls layer_tests optimizers "
         "trajectories | keras numpy tensorflow"
     ),
-    "reports": "| keras numpy",
+    "records": "| numpy",
+    "history_files": "records | numpy",
+    "progress": "| keras",
+    "reports": "history_files progress records | numpy",
     "tensorboard": "reports | numpy tensorflow tensorboard",
     "plots": "reports | numpy matplotlib",
     "search_space": "estimator hyperparameters initial_scale outer reports | keras",
+    "tuning_run": (
+        "estimator fidelity objectives outer reports restart saving search_space "
+        "| keras numpy tensorflow"
+    ),
     # Wiring: both may import every room below them.
     "callback": (
         "checks curvature estimator fidelity hyper_data hyperparameters initial_scale "
-        "normalization objectives outer recorder reports restart sample_weights saving "
-        "search_space tensorboard trajectories | keras numpy tensorflow"
+        "normalization objectives outer recorder reports sample_weights search_space tensorboard "
+        "trajectories tuning_run | keras"
     ),
     "verify": (
         "callback checks estimator fidelity hyper_data objectives outer reports trajectories "

@@ -1,5 +1,8 @@
 """One weight per training example, by the index that travels as `sample_weight`."""
 
+import re
+import warnings
+
 import fits
 import keras
 import numpy as np
@@ -189,6 +192,23 @@ def test_an_index_out_of_range_is_named():
         assert np.isnan(call(tf.constant([-1])))
         assert np.isnan(call(tf.constant([N - 1])))
         assert np.isfinite(call(tf.constant([N - 2])))
+
+
+def test_more_weights_than_examples_are_told_once():
+    """And nothing is said where other examples may come later."""
+    said = r"SampleWeights\(n=30\) received the indices from 0 to 23.*6 weights.*pass n=24"
+    for n, index, warned in (
+        (N + 6, np.arange(N), 1),
+        (N + 6, np.arange(N) + 6, 0),
+        (N, np.arange(N), 0),
+    ):
+        model, loss = model_of(n)
+        tuned = fits.callback(fits.examples(9, seed=1), trajectory="linear", variables=[loss])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            model.fit(*fits.examples(N), sample_weight=index, verbose=0, callbacks=[tuned])
+        assert len(caught) == warned
+        assert all(re.search(said, str(w.message)) for w in caught)
 
 
 def test_weights_in_the_place_of_indices_are_refused():

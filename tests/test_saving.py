@@ -342,12 +342,13 @@ def with_callback(initial_epoch=0, epochs=2, path=None, **options):
 
 
 @pytest.mark.filterwarnings("ignore:Most of a training batch")
-def test_what_the_callback_keeps_itself(tmp_path):
+@pytest.mark.parametrize("restart", [True, "fresh"])
+def test_what_the_callback_keeps_itself(restart, tmp_path):
     path = tmp_path / "model.weights.h5"
-    whole, loss, tuning = with_callback(epochs=4)
-    model, *_ = with_callback(epochs=2)
+    whole, loss, tuning = with_callback(epochs=4, restart=restart)
+    model, *_ = with_callback(epochs=2, restart=restart)
     model.save_weights(path)
-    found, found_loss, found_tuning = with_callback(2, 4, path)
+    found, found_loss, found_tuning = with_callback(2, 4, path, restart=restart)
     assert_equal(raw_of(found), raw_of(whole))
     assert_equal(found.get_weights(), whole.get_weights())
     assert np.any(np.array(loss.weights) != 1.0)
