@@ -156,13 +156,12 @@ class Estimator:
         self._run = Run(
             self._batches.packed,
             [tf.stack(column) for column in zip(*recorder.seeds, strict=True)],
-            tf.stack(recorder.rates),
+            recorder.take_rates(),
             optimizer.values(),
             [tf.convert_to_tensor(v.value) for v in self.tuned],
             self._iteration,
             tf.convert_to_tensor(optimizer.horizon[1], tf.int64),
         )
-        recorder.rates.clear()
         recorder.seeds.clear()
 
     def rerun(self, first: State, values: Sequence[Any]) -> list[tf.Tensor]:

@@ -50,7 +50,8 @@ class Recorder:
         self.kept: list[int] = []  # the steps whose batches are kept
         self.batches: list[Any] = []
         self.seeds: list[list[tf.Tensor]] = []
-        self.rates: list[tf.Tensor] = []
+        self._rates: list[tf.Tensor] = []  # vectors, but for the newest
+        self._newest_rates: list[tf.Tensor] = []
         self._trajectories = [trajectory for trajectory, _ in trajectories]
         for trajectory, first in trajectories:
             trajectory.begin(steps, first)
@@ -92,7 +93,9 @@ class Recorder:
             trajectory.add(t, list(state))
         if t >= self._first and (t - self._first) % self._stride == 0:
             self._keep(t, data, seeds)
-        self.rates.append(rate)
+        self._newest_rates.append(rate)
+        if len(self._newest_rates) == 256:  # a tensor for each step would take kilobytes
+            self._pack_rates()
         self.steps = t + 1
         return logs
 
@@ -113,6 +116,17 @@ class Recorder:
         state = self.snapshot()
         for trajectory in self._trajectories:
             trajectory.finish(self.steps, list(state))
+
+    def take_rates(self) -> tf.Tensor:
+        """The scalar learning rate of each step; what is handed out is forgotten."""
+        self._pack_rates()
+        rates, self._rates = tf.concat(self._rates, 0), []
+        return rates
+
+    def _pack_rates(self) -> None:
+        if self._newest_rates:
+            self._rates.append(tf.stack(self._newest_rates))
+            self._newest_rates = []
 
     def snapshot(self) -> State:
         """The state now: weights, then slots."""
