@@ -98,6 +98,7 @@ class ReverseLoop:
         self.traces = 0
         self.refused = ""  # why XLA can't compile
         self._graphs: dict[Any, Callable] = {}
+        self._halves: list[Halves] = []  # a Python function in them lives as long as their graphs
 
     def walk(
         self,
@@ -304,6 +305,7 @@ class ReverseLoop:
                 return self._back_along(batches, run, state_of)
 
             return replay, back, _room_for(state, room)
+        self._halves.append(halves)
 
         def replay_early(first, state, last, arrays):
             def body(t, state, arrays):

@@ -1,5 +1,7 @@
 """XLA compiles the reverse pass where asked or where it is faster, and changes no number."""
 
+import gc
+
 import fits
 import keras
 import numpy as np
@@ -13,7 +15,7 @@ BATCH = 4
 EXAMPLES = 14  # a smaller last batch in each epoch
 
 
-def fit(examples=EXAMPLES, layer=None, **arguments):
+def fit(examples=EXAMPLES, layer=None, callbacks=(), **arguments):
     """Two updates of a small net."""
     fits.start()
     inner = [] if layer is None else [layer]
@@ -22,7 +24,8 @@ def fit(examples=EXAMPLES, layer=None, **arguments):
     fits.compiled(model)
     (x, y), hyper = fits.examples(examples), fits.examples(9, seed=1)
     callback = fits.callback(hyper, **arguments)
-    model.fit(x, y, BATCH, epochs=2, shuffle=False, verbose=0, callbacks=[callback])
+    every = [callback, *callbacks]
+    model.fit(x, y, BATCH, epochs=2, shuffle=False, verbose=0, callbacks=every)
     return callback
 
 
@@ -71,6 +74,15 @@ def test_what_xla_cannot_compile_is_walked_plainly(monkeypatch, float64):
     assert not callback._estimator._compilation.possible
     monkeypatch.undo()
     fits.assert_same_updates(callback, fit(trajectory="linear", curvature="gauss_newton"), 1e-9)
+
+
+def test_a_python_function_inside_the_model_outlives_the_cut_of_its_graph(float64):
+    collect = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: gc.collect())
+    options = dict(layer=Foreign(), curvature="gauss_newton", jit_compile=False)
+    options["callbacks"] = [collect]
+    fits.assert_same_updates(
+        fit(trajectory="replay", **options), fit(trajectory="stored", **options), 1e-11
+    )
 
 
 def test_what_xla_cannot_compile_is_refused_where_xla_is_asked_for():
