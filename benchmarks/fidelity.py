@@ -132,7 +132,7 @@ def recorded(row, seed: int, folder, fine: bool, settings):
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=False,
     )
-    estimator = Estimator(model)
+    estimator = Estimator(model, jit_compile=False)  # walks are too few to pay for compiling
 
     class Record(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):
@@ -206,6 +206,11 @@ def dial() -> dict[str, Setting]:
     }
 
 
+def bound() -> dict[str, Setting]:
+    """The settings on which the bound on Gauss-Newton products may act."""
+    return {name: s for name, s in dial().items() if "anchors, G" in name or "linear, G" in name}
+
+
 # Ideas that the library does not have ------------------------------------------------------------
 
 
@@ -266,6 +271,24 @@ TAIL = "last 1/8 replayed with Hessian, then linear, Gauss-Newton"
 curvature._NAMED["convex_hessian"] = convex_hessian
 
 
+class Acting:
+    """Counts the steps on which the bound on Gauss-Newton products acts."""
+
+    def __init__(self) -> None:
+        self.count = tf.Variable(0, trainable=False)
+
+    def __call__(self, passed, curved, ceiling):
+        scaled = curvature.bounded(passed, curved, ceiling)
+        same = [tf.reduce_all(a == b) for a, b in zip(curved, scaled, strict=True)]
+        self.count.assign_add(1 - tf.cast(tf.reduce_all(same), tf.int32))
+        return scaled
+
+    def share(self, steps: int) -> float:
+        share = int(self.count) / steps
+        self.count.assign(0)
+        return share
+
+
 def measure(row, seed: int, folder, settings: dict[str, Setting]) -> list[dict]:
     """Every setting on one run, beside the exact way."""
     exact = Setting(Replay(), "hessian")
@@ -273,7 +296,8 @@ def measure(row, seed: int, folder, settings: dict[str, Setting]) -> list[dict]:
     steps = row[2]
     truth = estimator.walk(exact, [steps // 8, steps // 4, steps // 2])
     reference = kinds(model, truth)
-    lines = []
+    lines: list[dict] = []
+    acting = Acting()
 
     def line(name: str, found: Hypergradients, setting: Setting) -> None:
         arrays = kinds(model, found)
@@ -281,7 +305,7 @@ def measure(row, seed: int, folder, settings: dict[str, Setting]) -> list[dict]:
         window = None if found.steps == steps else found.steps
         lines.append({
             "row": row_name(row), "seed": seed, "setting": name, "problem": found.problem,
-            "fallback": found.fallback,
+            "fallback": found.fallback, "bounded": acting.share(visited),
             # In training steps per step of the run, by the arithmetic that `auto` uses.
             "cost": cost_per_step(setting) * visited / steps,
             "bytes": estimator.nbytes(dataclasses.replace(setting, window=window)),
@@ -293,7 +317,10 @@ def measure(row, seed: int, folder, settings: dict[str, Setting]) -> list[dict]:
         line(f"replay, Hessian, last 1/{round(steps / mark.steps)}", mark, exact)
     for name, setting in settings.items():
         limit = math.inf if name == UNGUARDED else GROWTH_LIMIT
-        with mock.patch("keras_drmad.estimator.GROWTH_LIMIT", limit):
+        with (
+            mock.patch("keras_drmad.estimator.GROWTH_LIMIT", limit),
+            mock.patch("keras_drmad.reverse.bounded", acting),
+        ):
             if name == TAIL:
                 estimator._loops["tail"] = TailLoop(estimator, steps)
                 setting = dataclasses.replace(setting, curvature="tail")
@@ -323,13 +350,18 @@ def measure_auto(row, seed: int, folder) -> dict:
     }  # fmt: skip
 
 
+CHOICES = {"dial": dial, "ideas": ideas, "bound": bound}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="digits", help="digits, mnist, cifar, or several: a,b")
     parser.add_argument("--only", default="", help="the start of a row's name: digits-sgd-500")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--ideas", action="store_true", help="settings that the library has not")
+    parser.add_argument("--settings", choices=CHOICES, default="dial",
+                        help="ideas: those that the library has not; bound: straight lines with "
+                        "Gauss-Newton alone")  # fmt: skip
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--out", default=str(HERE.parent / "docs/results/fidelity.json"))
     parser.add_argument("--tables", action="store_true", help="only print what was measured")
@@ -351,9 +383,9 @@ def main() -> None:
         lines, chosen = [], []
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             started = time.perf_counter()
-            tried = ideas() if arguments.ideas else dial()
+            tried = CHOICES[arguments.settings]()
             lines += measure(row, seed, arguments.data_dir, tried)
-            if not arguments.ideas:
+            if arguments.settings == "dial":
                 chosen.append(measure_auto(row, seed, arguments.data_dir))
             merge(path, lines, chosen)
             keras.backend.clear_session()

@@ -3,7 +3,8 @@
 At every visited step t, with the cotangents (w_bar, s_bar) of the weights and slots after it,
 
     w_bar', s_bar', g_bar, l_bar = VJP of the update rule at the state before it
-    w_bar <- w_bar' + C g_bar                    C: curvature of the step's training loss
+    w_bar <- w_bar' + C g_bar                    C: curvature of the step's training loss,
+                                                 bounded on a reconstructed path
     s_bar <- s_bar'
     hypergradient of the rule's values += l_bar
     hypergradient of tuned variables   += d <gradient, g_bar> / d tuned
@@ -23,10 +24,12 @@ import tensorflow as tf
 
 from keras_drmad import rules
 from keras_drmad.batches import Batches, Packed
-from keras_drmad.curvature import Curvature
+from keras_drmad.curvature import Curvature, bounded, gauss_newton
 from keras_drmad.trajectories import Dense, Path, State, state_at
 
 Tensors = list[tf.Tensor]
+
+CEILING = 0.02  # of the limit, above which Gauss-Newton on a reconstructed path adds no more
 
 
 class Adjoint(NamedTuple):
@@ -108,7 +111,7 @@ class ReverseLoop:
             begin, end: Which of the visits to make. (XLA compiles for every n, not for these.)
             adjoint: What was carried and collected so far.
             limit: The walk ends when the norm of the weights' cotangents is above this or not
-                finite.
+                finite. On a reconstructed path Gauss-Newton takes it to a part of this.
 
         Returns:
             The adjoint before the visited steps, the number of steps walked, and the last norm.
@@ -200,6 +203,9 @@ class ReverseLoop:
         return seeds, at, values, tf.gather(run.rates, t), run.iteration + t + 1
 
     def _walk(self, apply, run, path, visits, rows, begin, end, adjoint, limit):
+        # Stable runs hardly ever grow at all (docs/fidelity.md).
+        ceiling = CEILING * limit if isinstance(path, Path) else None
+
         def body(i, norm, adjoint):
             t, row = tf.gather(visits, i), tf.gather(rows, i)
             seeds, at, values, rate, count = self._at_step(run, t, row)
@@ -208,7 +214,7 @@ class ReverseLoop:
             def step(batch):
                 return self._compiled(self._step)(
                     state, adjoint.weights, adjoint.slots, values, run.tuned, seeds, batch, rate,
-                    count,
+                    count, ceiling,
                 )  # fmt: skip
 
             new, l_bar, h_bar = apply(run.batches, row, step)
@@ -236,8 +242,11 @@ class ReverseLoop:
             return function
         return tf.function(function, jit_compile=True, autograph=False)
 
-    def _step(self, state, w_bar, s_bar, values, tuned, seeds, batch, rate, count):
-        """One step back: the new cotangents of the state, of the values, of tuned variables."""
+    def _step(self, state, w_bar, s_bar, values, tuned, seeds, batch, rate, count, ceiling):
+        """One step back: the new cotangents of the state, of the values, of tuned variables.
+
+        With a ceiling, the state is a guess, and curvature that no training could have met is cut.
+        """
         weights, slots = self._split(state)
         gradient, product = self.curvature(
             lambda w, h: self.loss(w, h, seeds, batch), weights, tuned
@@ -256,6 +265,8 @@ class ReverseLoop:
         for i, bar in zip(used, g_bar, strict=True):
             direction[i] = bar
         curved, h_bar = product(direction)
+        if ceiling is not None and self.curvature is gauss_newton:
+            curved = bounded(new[: len(weights)], curved, ceiling)
         new = [new[i] + curved[i] if i < len(weights) else new[i] for i in range(n)]
         return new, l_bar, h_bar
 
