@@ -188,6 +188,7 @@ def compare(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
         }
 
 
+EVEN = "linear at an even pace, Gauss-Newton"
 UNGUARDED = "linear, Hessian, no limit on growth"
 
 
@@ -195,9 +196,10 @@ def dial() -> dict[str, Setting]:
     """What is compared with the exact replay."""
     return {
         "linear, Gauss-Newton": Setting(Linear(), "gauss_newton"),
-        UNGUARDED: Setting(Linear(), "hessian"),
+        EVEN: Setting(Linear("steps"), "gauss_newton"),
+        UNGUARDED: Setting(Linear("steps"), "hessian"),
         "linear, Hessian, T/10 steps (as published)": Setting(
-            Linear(), "hessian", reverse_steps=0.1
+            Linear("steps"), "hessian", reverse_steps=0.1
         ),
         "9 anchors, Gauss-Newton": Setting(Piecewise(9), "gauss_newton"),
         "33 anchors evenly, Hessian": Setting(Piecewise(33, "even"), "hessian"),
@@ -208,7 +210,8 @@ def dial() -> dict[str, Setting]:
 
 def bound() -> dict[str, Setting]:
     """The settings on which the bound on Gauss-Newton products may act."""
-    return {name: s for name, s in dial().items() if "anchors, G" in name or "linear, G" in name}
+    return {name: s for name, s in dial().items()
+            if s.curvature == "gauss_newton" and not s.trajectory.exact}  # fmt: skip
 
 
 # Ideas that the library does not have ------------------------------------------------------------
@@ -233,6 +236,9 @@ class Tail(Linear):
 
     name = "tail"
     all_batches = True
+
+    def __init__(self):
+        super().__init__("steps")
 
     def wants(self, t: int) -> bool:
         return t in (self.first, self.steps - self.steps // 8)
@@ -261,7 +267,7 @@ class TailLoop:
 
 def ideas() -> dict[str, Setting]:
     return {
-        "linear, Hessian if convex": Setting(Linear(), "convex_hessian"),
+        "linear, Hessian if convex": Setting(Linear("steps"), "convex_hessian"),
         "9 anchors, Hessian if convex": Setting(Piecewise(9), "convex_hessian"),
         TAIL: Setting(Tail(), "hessian"),
     }

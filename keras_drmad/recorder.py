@@ -89,7 +89,7 @@ class Recorder:
         # Nothing is kept of a step for which there is no data: so ends an epoch of unknown length.
         logs, data, seeds, rate = self._train(original)(iterator)
         for trajectory in wanting:
-            trajectory.add(t, list(state))
+            trajectory.add(t, list(state), len(self.model.trainable_variables))
         if t >= self._first and (t - self._first) % self._stride == 0:
             self._keep(t, data, seeds)
         self.rates.append(rate)
@@ -112,7 +112,8 @@ class Recorder:
         """Keep the state after the last step."""
         state = self.snapshot()
         for trajectory in self._trajectories:
-            trajectory.finish(self.steps, list(state))
+            weights = len(self.model.trainable_variables)
+            trajectory.finish(self.steps, list(state), weights)
 
     def snapshot(self) -> State:
         """The state now: weights, then slots."""

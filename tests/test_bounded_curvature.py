@@ -15,6 +15,7 @@ import keras_drmad as kd
 from keras_drmad import curvature
 
 STEPS = 60
+EVEN = kd.trajectories.Linear("steps")
 
 
 def data(seed):
@@ -66,8 +67,8 @@ def norm(nested):
 def test_what_explodes_is_held(float64, scale):
     exact, line, free = (
         record("plain", scale, "replay"),
-        record("plain", scale, "linear"),
-        record("plain", scale, "linear", bounded=False),
+        record("plain", scale, EVEN),
+        record("plain", scale, EVEN, bounded=False),
     )
     assert line.reason == "" and line.accepted
     for name in ("l2", "learning_rate"):
@@ -78,13 +79,13 @@ def test_what_explodes_is_held(float64, scale):
 
 @pytest.mark.parametrize("name", ["momentum", "nesterov", "dampened", "adam", "rmsprop"])
 def test_nothing_is_refused_by_any_rule(float64, name):
-    found = record(name, 0.1, "linear")
+    found = record(name, 0.1, EVEN)
     assert found.reason == "" and np.isfinite(norm(found.hypergradients))
 
 
 @pytest.mark.parametrize("name", ["plain", "momentum", "nesterov", "dampened", "adam"])
 def test_a_run_that_does_not_explode_is_left_alone(float64, name):
-    bounded, free = record(name, 1.0, "linear"), record(name, 1.0, "linear", bounded=False)
+    bounded, free = record(name, 1.0, EVEN), record(name, 1.0, EVEN, bounded=False)
     tf.nest.map_structure(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9),
         bounded.hypergradients, free.hypergradients,
@@ -97,7 +98,7 @@ def test_never_on_an_exact_path(float64):
         for trajectory in ("replay", "stored"):
             record("plain", 0.3, trajectory)
         with pytest.raises(AssertionError):
-            record("plain", 0.3, "linear")
+            record("plain", 0.3, EVEN)
 
 
 def scaled(passed, curved, ceiling=np.inf):
