@@ -35,7 +35,7 @@ from keras_drmad.estimator import GROWTH_LIMIT, Estimator, Hypergradients, Setti
 from keras_drmad.fidelity import Auto, _cost_per_step
 from keras_drmad.hyper_data import batches_of
 from keras_drmad.objectives import OuterLoss
-from keras_drmad.trajectories import Linear, Piecewise, Replay, Segment
+from keras_drmad.trajectories import Linear, Piecewise, Replay, Trajectory
 
 HERE = pathlib.Path(__file__).resolve().parent
 L2 = math.exp(-6.0)
@@ -132,7 +132,7 @@ def recorded(row, seed: int, folder, fine: bool, settings):
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=False,
     )
-    estimator = Estimator(model)
+    estimator = Estimator(model, jit_compile=False)  # walks are too few to pay for compiling
 
     class Record(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):
@@ -188,6 +188,7 @@ def compare(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
         }
 
 
+EVEN = "linear at an even pace, Gauss-Newton"
 UNGUARDED = "linear, Hessian, no limit on growth"
 
 
@@ -195,15 +196,22 @@ def dial() -> dict[str, Setting]:
     """What is compared with the exact replay."""
     return {
         "linear, Gauss-Newton": Setting(Linear(), "gauss_newton"),
-        UNGUARDED: Setting(Linear(), "hessian"),
+        EVEN: Setting(Linear("steps"), "gauss_newton"),
+        UNGUARDED: Setting(Linear("steps"), "hessian"),
         "linear, Hessian, T/10 steps (as published)": Setting(
-            Linear(), "hessian", reverse_steps=0.1
+            Linear("steps"), "hessian", reverse_steps=0.1
         ),
         "9 anchors, Gauss-Newton": Setting(Piecewise(9), "gauss_newton"),
         "33 anchors evenly, Hessian": Setting(Piecewise(33, "even"), "hessian"),
         "129 anchors evenly, Hessian": Setting(Piecewise(129, "even"), "hessian"),
         "replay, Gauss-Newton": Setting(Replay(), "gauss_newton"),
     }
+
+
+def bound() -> dict[str, Setting]:
+    """The settings on which the bound on Gauss-Newton products may act."""
+    return {name: s for name, s in dial().items()
+            if s.curvature == "gauss_newton" and not s.trajectory.exact}  # fmt: skip
 
 
 # Ideas that the library does not have ------------------------------------------------------------
@@ -224,19 +232,18 @@ def convex_hessian(loss, weights, tuned):
 
 
 class Tail(Linear):
-    """The last part of the run recomputed, a straight line over the rest."""
+    """Every state of the last part of the run, a straight line over the rest."""
 
     name = "tail"
     all_batches = True
 
-    def wants(self, t: int) -> bool:
-        return t in (self.first, self.steps - self.steps // 8)
+    def __init__(self):
+        super().__init__("steps")
 
-    def segments(self, recompute):
-        (start, between, stop), (first, middle, _) = self.times, self.states
-        yield Segment(between, stop, recompute(list(middle), between, stop))
-        self.times, self.states = [start, between], [first, middle]
-        yield from super().segments(recompute)
+    def wants(self, t: int) -> bool:
+        return t == self.first or t >= self.steps - self.steps // 8
+
+    add = Trajectory.add
 
     def copies(self, steps: int) -> int:
         return 2 + steps // 8
@@ -245,18 +252,22 @@ class Tail(Linear):
 class TailLoop:
     """The Hessian in the tail, Gauss-Newton before it."""
 
-    def __init__(self, estimator: Estimator, steps: int):
-        self.tail, self.head = (estimator._loop(name) for name in ("hessian", "gauss_newton"))
-        self.start, self.replay = steps - steps // 8, self.tail.replay
+    refused = ""
 
-    def walk(self, batches, run, path, visits, *rest):
-        loop = self.tail if int(visits[-1]) >= self.start else self.head
-        return loop.walk(batches, run, path, visits, *rest)
+    def __init__(self, estimator: Estimator, steps: int):
+        self.tail, self.head = (
+            estimator._loop(name, False) for name in ("hessian", "gauss_newton")
+        )
+        self.start = steps - steps // 8
+
+    def walk(self, batches, run, path, visits, rows, begin, *rest):
+        loop = self.tail if int(visits[begin]) >= self.start else self.head
+        return loop.walk(batches, run, path, visits, rows, begin, *rest)
 
 
 def ideas() -> dict[str, Setting]:
     return {
-        "linear, Hessian if convex": Setting(Linear(), "convex_hessian"),
+        "linear, Hessian if convex": Setting(Linear("steps"), "convex_hessian"),
         "9 anchors, Hessian if convex": Setting(Piecewise(9), "convex_hessian"),
         TAIL: Setting(Tail(), "hessian"),
     }
@@ -266,6 +277,24 @@ TAIL = "last 1/8 replayed with Hessian, then linear, Gauss-Newton"
 curvature._NAMED["convex_hessian"] = convex_hessian
 
 
+class Acting:
+    """Counts the steps on which the bound on Gauss-Newton products acts."""
+
+    def __init__(self) -> None:
+        self.count = tf.Variable(0, trainable=False)
+
+    def __call__(self, passed, curved, ceiling):
+        scaled = curvature.bounded(passed, curved, ceiling)
+        same = [tf.reduce_all(a == b) for a, b in zip(curved, scaled, strict=True)]
+        self.count.assign_add(1 - tf.cast(tf.reduce_all(same), tf.int32))
+        return scaled
+
+    def share(self, steps: int) -> float:
+        share = int(self.count) / steps
+        self.count.assign(0)
+        return share
+
+
 def measure(row, seed: int, folder, settings: dict[str, Setting]) -> list[dict]:
     """Every setting on one run, beside the exact way."""
     exact = Setting(Replay(), "hessian")
@@ -273,7 +302,8 @@ def measure(row, seed: int, folder, settings: dict[str, Setting]) -> list[dict]:
     steps = row[2]
     truth = estimator.walk(exact, [steps // 8, steps // 4, steps // 2])
     reference = kinds(model, truth)
-    lines = []
+    lines: list[dict] = []
+    acting = Acting()
 
     def line(name: str, found: Hypergradients, setting: Setting) -> None:
         arrays = kinds(model, found)
@@ -281,7 +311,7 @@ def measure(row, seed: int, folder, settings: dict[str, Setting]) -> list[dict]:
         window = None if found.steps == steps else found.steps
         lines.append({
             "row": row_name(row), "seed": seed, "setting": name, "problem": found.problem,
-            "fallback": found.fallback,
+            "fallback": found.fallback, "bounded": acting.share(visited),
             # In training steps per step of the run, by the arithmetic that `auto` uses.
             "cost": cost_per_step(setting) * visited / steps,
             "bytes": estimator.nbytes(dataclasses.replace(setting, window=window)),
@@ -293,11 +323,14 @@ def measure(row, seed: int, folder, settings: dict[str, Setting]) -> list[dict]:
         line(f"replay, Hessian, last 1/{round(steps / mark.steps)}", mark, exact)
     for name, setting in settings.items():
         limit = math.inf if name == UNGUARDED else GROWTH_LIMIT
-        with mock.patch("keras_drmad.estimator.GROWTH_LIMIT", limit):
+        with (
+            mock.patch("keras_drmad.estimator.GROWTH_LIMIT", limit),
+            mock.patch("keras_drmad.reverse.bounded", acting),
+        ):
             if name == TAIL:
-                estimator._loops["tail"] = TailLoop(estimator, steps)
+                estimator._loops["tail", False] = TailLoop(estimator, steps)
                 setting = dataclasses.replace(setting, curvature="tail")
-            found = estimator.walk(setting)
+            found = estimator.walk(setting, [steps // 8] if name == TAIL else ())
         line(name, found, setting)
     estimator.forget()
     return lines
@@ -323,13 +356,18 @@ def measure_auto(row, seed: int, folder) -> dict:
     }  # fmt: skip
 
 
+CHOICES = {"dial": dial, "ideas": ideas, "bound": bound}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="digits", help="digits, mnist, cifar, or several: a,b")
     parser.add_argument("--only", default="", help="the start of a row's name: digits-sgd-500")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--ideas", action="store_true", help="settings that the library has not")
+    parser.add_argument("--settings", choices=CHOICES, default="dial",
+                        help="ideas: those that the library has not; bound: straight lines with "
+                        "Gauss-Newton alone")  # fmt: skip
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--out", default=str(HERE.parent / "docs/results/fidelity.json"))
     parser.add_argument("--tables", action="store_true", help="only print what was measured")
@@ -351,9 +389,9 @@ def main() -> None:
         lines, chosen = [], []
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             started = time.perf_counter()
-            tried = ideas() if arguments.ideas else dial()
+            tried = CHOICES[arguments.settings]()
             lines += measure(row, seed, arguments.data_dir, tried)
-            if not arguments.ideas:
+            if arguments.settings == "dial":
                 chosen.append(measure_auto(row, seed, arguments.data_dir))
             merge(path, lines, chosen)
             keras.backend.clear_session()

@@ -15,8 +15,7 @@ import tensorflow as tf
 from keras.initializers import Constant
 
 from keras_drmad import arguments as args
-from keras_drmad import export, places, rules, saving
-from keras_drmad import spread as sums
+from keras_drmad import export, places, rules, saving, sums
 from keras_drmad.arguments import Argument
 from keras_drmad.hyperparameters import Group, Hyperparameter
 from keras_drmad.schedules import block_of, resampled, within_horizon
@@ -256,7 +255,7 @@ class Optimizer(keras.optimizers.Optimizer):
             values: Of each group, its values at this step (see `values_at`).
             learning_rate: The scalar learning rate, which counts where it is not tuned.
             t: The number of this update, from 1.
-            spread: Whether it will be differentiated under XLA (see `keras_drmad.spread`).
+            spread: Whether it will be differentiated under XLA (see `keras_drmad.sums`).
                 Defaults to `False`.
 
         Returns:

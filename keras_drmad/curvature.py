@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from keras_drmad.normalization import exact_moments
 from keras_drmad.objectives import Forward, dense
+from keras_drmad.sums import total
 
 Tensors = list[tf.Tensor]
 Loss = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor]], Forward]
@@ -118,6 +119,35 @@ def finite_difference(loss: Loss, weights: Tensors, tuned: Tensors):
         return curved, mixed
 
     return gradient, product
+
+
+def bounded(passed: Tensors, curved: Tensors, ceiling: tf.Tensor) -> Tensors:
+    """A curvature product C g, scaled down where no stable training can have met it.
+
+    A mode of the reverse recursion is multiplied by some mu at each step. Where training is stable
+    |mu| <= 1, so the product, which moves it by mu - 1, is at most twice as long as the mode. At a
+    guessed state it may be far longer: a straight line dwells where training jumped. So where
+
+        |C g| > 2 |w|    or    |w + C g| > max(|w|, ceiling)      w: what the rule passes on
+
+    C g is scaled by the theta in [0, 1] at which |w + theta C g| is least, which takes out what
+    has exploded and adds nothing.
+
+    Args:
+        passed: w, of each weight.
+        curved: C g, of each weight.
+        ceiling: How far cotangents may grow before they don't grow any more.
+    """
+    own, bent, both = _inner(passed, passed), _inner(curved, curved), _inner(passed, curved)
+    risen = own + 2.0 * both + bent > tf.maximum(own, ceiling * ceiling)
+    least = tf.clip_by_value(tf.math.divide_no_nan(-both, bent), 0.0, 1.0)
+    scale = tf.where(tf.logical_or(bent > 4.0 * own, risen), least, tf.ones_like(least))
+    return [tf.cast(scale, c.dtype) * c for c in curved]
+
+
+def _inner(a: Tensors, b: Tensors) -> tf.Tensor:
+    # Weights may be of several dtypes.
+    return tf.add_n([tf.cast(total(x * y), tf.float64) for x, y in zip(a, b, strict=True)])
 
 
 def _cut(tape, forward: Forward) -> tuple[Tensors, Tensors]:

@@ -90,7 +90,7 @@ class Recorder:
         # Nothing is kept of a step for which there is no data: so ends an epoch of unknown length.
         logs, data, seeds, rate = self._train(original)(iterator)
         for trajectory in wanting:
-            trajectory.add(t, list(state))
+            trajectory.add(t, list(state), len(self.model.trainable_variables))
         if t >= self._first and (t - self._first) % self._stride == 0:
             self._keep(t, data, seeds)
         self._newest_rates.append(rate)
@@ -115,7 +115,8 @@ class Recorder:
         """Keep the state after the last step."""
         state = self.snapshot()
         for trajectory in self._trajectories:
-            trajectory.finish(self.steps, list(state))
+            weights = len(self.model.trainable_variables)
+            trajectory.finish(self.steps, list(state), weights)
 
     def take_rates(self) -> tf.Tensor:
         """The scalar learning rate of each step; what is handed out is forgotten."""

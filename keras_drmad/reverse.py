@@ -3,7 +3,8 @@
 At every visited step t, with the cotangents (w_bar, s_bar) of the weights and slots after it,
 
     w_bar', s_bar', g_bar, l_bar = VJP of the update rule at the state before it
-    w_bar <- w_bar' + C g_bar                    C: curvature of the step's training loss
+    w_bar <- w_bar' + C g_bar                    C: curvature of the step's training loss,
+                                                 bounded on a reconstructed path
     s_bar <- s_bar'
     hypergradient of the rule's values += l_bar
     hypergradient of tuned variables   += d <gradient, g_bar> / d tuned
@@ -23,12 +24,13 @@ import tensorflow as tf
 
 from keras_drmad import rules
 from keras_drmad.batches import Batches, Packed
-from keras_drmad.curvature import Curvature
+from keras_drmad.curvature import Curvature, bounded, gauss_newton
 from keras_drmad.halves import Halves
 from keras_drmad.trajectories import Anchors, Dense, Path, State, state_at
 
 Tensors = list[tf.Tensor]
 
+CEILING = 0.02  # of the limit, above which Gauss-Newton on a reconstructed path adds no more
 CHECK_EVERY = 8  # visited steps from one look at the adjoint's norm to the next
 
 
@@ -125,7 +127,7 @@ class ReverseLoop:
             begin, end: Which of the visits to make. (XLA compiles for every n, not for these.)
             adjoint: What was carried and collected so far.
             limit: The walk ends when the norm of the weights' cotangents is above this or not
-                finite.
+                finite. On a reconstructed path Gauss-Newton takes it to a part of this.
             again: With `Anchors`, (steps,) int64: the index of the batch of each step of the run.
             room: With `Anchors`, how many steps lie between two of them at most.
 
@@ -252,7 +254,9 @@ class ReverseLoop:
 
         start = begin, tf.constant(0.0, tf.float64), adjoint
         if not isinstance(path, Anchors):
-            back = self._back_along(batches, run, lambda t: state_at(path, t))
+            # Stable runs hardly ever grow at all (docs/fidelity.md).
+            ceiling = CEILING * limit if isinstance(path, Path) else None
+            back = self._back_along(batches, run, lambda t: state_at(path, t), ceiling)
             i, norm, adjoint = walk_down(tf.constant(0, tf.int64), back, *start)
             return adjoint, i, norm
         replay, back, arrays = self._replaying(
@@ -274,7 +278,7 @@ class ReverseLoop:
         )
         return adjoint, i, norm
 
-    def _back_along(self, batches, run, state_of):
+    def _back_along(self, batches, run, state_of, ceiling=None):
         """One step back, from the state at it."""
 
         def back(t, row, bars):
@@ -282,7 +286,7 @@ class ReverseLoop:
 
             def step(batch):
                 given = self._given(run, t, row, batch)
-                return self._compiled(self._step)(state, given, bars)[1]
+                return self._compiled(self._step)(state, given, bars, ceiling)[1]
 
             return batches.apply(run.batches, row, step)
 
@@ -348,8 +352,12 @@ class ReverseLoop:
             return function
         return tf.function(function, jit_compile=True, autograph=False)
 
-    def _step(self, state: State, given: Given, bars: Tensors):
+    def _step(
+        self, state: State, given: Given, bars: Tensors, ceiling: tf.Tensor | None = None
+    ):  # fmt: skip
         """One step back.
+
+        With a ceiling, the state is a guess, and curvature that no training could have met is cut.
 
         Returns:
             The state after the step; and the new cotangents of the state, those of the values and
@@ -372,6 +380,8 @@ class ReverseLoop:
         for i, bar in zip(used, g_bar, strict=True):
             direction[i] = bar
         curved, h_bar = product(direction)
+        if ceiling is not None and self.curvature is gauss_newton:
+            curved = bounded(new[: len(weights)], curved, ceiling)
         new = [new[i] + curved[i] if i < len(weights) else new[i] for i in range(n)]
         return after, (new, l_bar, h_bar)
 

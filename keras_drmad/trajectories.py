@@ -19,9 +19,10 @@ State = list[tf.Tensor]
 
 
 class Path(NamedTuple):
-    """States at increasing steps, with straight lines between them."""
+    """States with straight lines between them, and where on them the run was at some steps."""
 
-    times: tf.Tensor  # (anchors,) int64
+    times: tf.Tensor  # (times,) int64: increasing steps
+    places: tf.Tensor  # (times,) float64: how many anchors from the first on the run had come
     arrays: list[tf.Tensor]  # of each tensor of the state, (anchors, *shape)
 
 
@@ -49,10 +50,15 @@ def state_at(path: Path | Dense, t: tf.Tensor) -> State:
     after = tf.minimum(before + 1, last)
     start, stop = tf.gather(path.times, before), tf.gather(path.times, after)
     part = tf.cast(t - start, tf.float64) / tf.cast(tf.maximum(stop - start, 1), tf.float64)
+    place = (1 - part) * tf.gather(path.places, before) + part * tf.gather(path.places, after)
+    end = tf.shape(path.arrays[0], tf.int64)[0] - 1
+    left = tf.clip_by_value(tf.cast(tf.floor(place), tf.int64), 0, tf.maximum(end - 1, 0))
+    right = tf.minimum(left + 1, end)
+    part = place - tf.cast(left, tf.float64)
     state = []
     for array in path.arrays:
-        right = tf.cast(part, array.dtype)
-        state.append((1 - right) * tf.gather(array, before) + right * tf.gather(array, after))
+        share = tf.cast(part, array.dtype)
+        state.append((1 - share) * tf.gather(array, left) + share * tf.gather(array, right))
     return state
 
 
@@ -81,19 +87,24 @@ class Trajectory(abc.ABC):
     def wants(self, t: int) -> bool:
         """Whether the state before step t is to be kept."""
 
-    def add(self, t: int, state: State) -> None:
-        """Keep the state before step t."""
+    def add(self, t: int, state: State, weights: int | None = None) -> None:
+        """Keep the state before step t, of which so many tensors are weights."""
         self.times.append(t)
         self.states.append(state)
 
-    def finish(self, t: int, state: State) -> None:
+    def finish(self, t: int, state: State, weights: int | None = None) -> None:
         """Keep the state after the last step, of which there were t."""
         self.times.append(t)
         self.states.append(state)
 
     def path(self) -> Path | Dense | Anchors:
         """Where the states at every step come from. What is handed out is forgotten."""
-        return Path(*self._take())
+        times, arrays = self._take()
+        return Path(*self._pace(times), arrays)
+
+    def _pace(self, times: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """At which steps which place on the path was reached."""
+        return times, tf.range(len(times), dtype=tf.float64)
 
     def _take(self) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The times, and of each tensor of the state those kept; all is forgotten."""
@@ -111,8 +122,10 @@ class Trajectory(abc.ABC):
     def restore(self, path: Path | Dense | Anchors) -> None:
         """Take back a path, to walk it again."""
         assert isinstance(path, Path)
-        self.times = path.times.numpy().tolist()
-        self.states = [[array[i] for array in path.arrays] for i in range(len(self.times))]
+        anchors = range(path.arrays[0].shape[0])
+        places = path.places.numpy().tolist()
+        self.times = [int(path.times[places.index(i)]) for i in anchors]
+        self.states = [[array[i] for array in path.arrays] for i in anchors]
 
     def nbytes(self) -> int:
         """Bytes of the states that are kept now."""
@@ -122,14 +135,71 @@ class Trajectory(abc.ABC):
 class Linear(Trajectory):
     """The straight line from the first state to the last: DrMAD (Fu et al., 2016, eq. 10).
 
-    Keeps two copies of the state, whatever the number of steps.
+    Keeps two copies of the state, whatever the number of steps, and a number at some steps: how far
+    from the first weights the run had come.
+
+    Args:
+        pace: How fast the line is walked. `"distance"`: the state at a step is where the line is
+            as far from the first weights, as a part of the whole way, as the run was. A run goes
+            far in its first steps, and the line at an even pace dwells where it hardly was.
+            `"steps"`: at an even pace, as published. Defaults to `"distance"`.
     """
 
     name = "linear"
     exact = False
+    KNOTS = 64  # at so many steps the distance is measured; twice that where their number is open
+
+    def __init__(self, pace: str = "distance"):
+        if pace not in ("distance", "steps"):
+            raise ValueError(f"`pace` is 'distance' or 'steps'. Received: pace={pace!r}")
+        self.pace = pace
+        super().__init__()
+
+    def begin(self, steps: int | None, first: int = 0) -> None:
+        super().begin(steps, first)
+        self._stride = 1
+        self._knots: list[int] = []
+        self._distances: list[tf.Tensor] = []
+        length = 0 if steps is None else steps - first
+        self._chosen = {first + round(length * (j / self.KNOTS) ** 2) for j in range(self.KNOTS)}
 
     def wants(self, t: int) -> bool:
-        return t == self.first
+        if self.pace == "steps" or t <= self.first:
+            return t == self.first
+        return t in self._chosen if self.steps is not None else t % self._stride == 0
+
+    def add(self, t: int, state: State, weights: int | None = None) -> None:
+        if not self.states:
+            super().add(t, state)
+            return
+        self._measure(t, state, weights)
+        if self.steps is None and len(self._knots) > 2 * self.KNOTS:
+            self._stride *= 2
+            kept = [i for i, at in enumerate(self._knots) if at % self._stride == 0]
+            self._knots = [self._knots[i] for i in kept]
+            self._distances = [self._distances[i] for i in kept]
+
+    def finish(self, t: int, state: State, weights: int | None = None) -> None:
+        if self.pace == "distance" and self.states:
+            self._measure(t, state, weights)
+        super().finish(t, state)
+
+    def _measure(self, t: int, state: State, weights: int | None) -> None:
+        self._knots.append(t)
+        pairs = list(zip(state, self.states[0], strict=True))[:weights]
+        self._distances.append(tf.linalg.global_norm([a - b for a, b in pairs]))
+
+    def _pace(self, times: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        distances = [float(d) for d in self._distances]
+        if not distances or not 0.0 < distances[-1] < math.inf:  # it came back to where it was
+            return super()._pace(times)
+        places = [0.0, *(min(1.0, d / distances[-1]) for d in distances)]
+        return tf.constant([int(times[0]), *self._knots], tf.int64), tf.constant(places, tf.float64)
+
+    def restore(self, path: Path | Dense | Anchors) -> None:
+        super().restore(path)
+        assert isinstance(path, Path)
+        self.times = [int(path.times[0]), int(path.times[-1])]
 
     def copies(self, steps: int) -> int:
         return 2
@@ -206,7 +276,7 @@ class Piecewise(Trajectory):
     def copies(self, steps: int) -> int:
         return min(self.anchors, steps + 1)
 
-    def add(self, t: int, state: State) -> None:
+    def add(self, t: int, state: State, weights: int | None = None) -> None:
         super().add(t, state)
         if self.spacing == "bend":
             self._drop_the_straightest()

@@ -238,6 +238,18 @@ def polyline(found, anchors):
     return line
 
 
+def paced_line(found, anchors):
+    """The states on a straight line, each as far from the first weights as the run was."""
+    first, last = anchors
+    far = [np.linalg.norm(w - found[first][0]) for w, _ in found]
+    line = {}
+    for t in range(first, last + 1):
+        part = min(1.0, far[t] / far[last])
+        pairs = zip(found[first], found[last], strict=True)
+        line[t] = tuple((1 - part) * p + part * q for p, q in pairs)
+    return line
+
+
 def jacobian(function, point):
     """The matrix of derivatives of a vector by a flat vector, row by row."""
     point = tf.constant(point)

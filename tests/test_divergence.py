@@ -102,8 +102,8 @@ def test_learning_rates_far_above_stability(rate, trajectory):
     assert reasons[1:] == [OUTER_LOSS] * (EPOCHS - 1)
     if rate > 3.0:
         assert reasons[0] == OUTER_LOSS
-    else:  # the loss is 5e6 after three steps: a true one, and too far for a straight line
-        assert ("exploded" in reasons[0]) == (trajectory == "linear")
+    else:  # the loss is 5e6 after three steps: a true one
+        assert reasons[0] == ""
 
 
 def put(array, value):

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_drmad import batches as packing
 from keras_drmad import halves
 from keras_drmad.linearize import linearize
-from keras_drmad.spread import spread
+from keras_drmad.sums import spread, total
 
 VECTOR = tf.TensorSpec([3], tf.float64)
 
@@ -149,8 +149,10 @@ def test_quick_sums_are_sums(weights, compiled):
             y = tf.reduce_sum(tf.sin(x * way(value)))
         return y, tape.gradient(y, value)
 
+    assert_near = fits.assert_near
+    assert_near(total(x), tf.reduce_sum(x), 1e-14)
     for shape in shapes:
         value = tf.constant(rng.normal(size=shape))
-        fits.assert_near(
+        assert_near(
             derivative(value, lambda v: spread(v, weights)), derivative(value, lambda v: v), 1e-14
         )

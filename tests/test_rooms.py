@@ -20,12 +20,12 @@ ROOMS = {
     "rules": "| tensorflow",
     "arguments": "hyperparameters | keras",
     "places": "arguments hyperparameters | keras",
-    "spread": "| tensorflow",
+    "sums": "| tensorflow",
     "schedules": "| keras numpy tensorflow",
     "saving": "| keras numpy tensorflow",
     "export": "schedules | keras numpy",
     "base_optimizer": (
-        "arguments export hyperparameters places rules saving schedules spread "
+        "arguments export hyperparameters places rules saving schedules sums "
         "| keras numpy tensorflow"
     ),
     "hyperparameter_files": "base_optimizer hyperparameters saving | keras numpy",
@@ -40,7 +40,7 @@ ROOMS = {
     "sample_weights": "losses tunable | keras numpy tensorflow",
     "initial_scale": "hyperparameters places | keras numpy tensorflow",
     "recorder": "batches objectives trajectories | keras tensorflow",
-    "curvature": "normalization objectives | tensorflow",
+    "curvature": "normalization objectives sums | tensorflow",
     "linearize": "| tensorflow",
     "halves": "batches linearize | tensorflow",
     "reverse": "batches curvature halves rules trajectories | tensorflow",

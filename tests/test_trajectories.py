@@ -31,6 +31,7 @@ def _state(t):
     "trajectory",
     [
         Linear(),
+        Linear("steps"),
         Stored(),
         Piecewise(9),
         Piecewise(9, "even"),
@@ -61,8 +62,54 @@ def test_the_path_covers_the_run_and_is_exact_at_its_anchors(trajectory, steps, 
                 np.testing.assert_array_equal(a, b)
 
 
-def test_between_anchors_the_path_is_straight():
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("steps", [40, 1000])
+def test_the_line_is_walked_as_fast_as_the_run_went(steps, known):
+    """As far from the first weights as the run: exactly where that was measured, nearly between."""
+
+    def state(t):  # it comes back a little at the end, and the slot does not count
+        x = t / steps
+        return [tf.constant([3.0, 4.0], tf.float64) * np.sqrt(x) * (1.2 - 0.2 * x),
+                tf.constant(7.0 * t, tf.float64)]  # fmt: skip
+
     trajectory = Linear()
+    trajectory.begin(steps if known else None)
+    measured = 0
+    for t in range(steps):
+        if trajectory.wants(t):
+            trajectory.add(t, state(t), 1)
+            measured += 1
+    trajectory.finish(steps, state(steps), 1)
+    assert len(trajectory.states) == 2 and measured <= 64 + 64 * (not known) * 8
+    path = trajectory.path()
+    for t in range(0, steps + 1, 7):
+        weight, slot = state_at(path, tf.constant(t, tf.int64))
+        part = min(1.0, np.linalg.norm(state(t)[0]) / 5.0)
+        np.testing.assert_allclose(np.linalg.norm(weight) / 5.0, part, atol=0.02)
+        np.testing.assert_allclose(slot / (7.0 * steps), np.linalg.norm(weight) / 5.0, rtol=1e-12)
+    trajectory.restore(path)
+    again = trajectory.path()
+    tf.nest.map_structure(np.testing.assert_array_equal, path, again)
+
+
+def test_a_run_that_ends_where_it_began_is_a_line_at_an_even_pace():
+    trajectory = Linear()
+    trajectory.begin(10)
+    for t in range(10):
+        if trajectory.wants(t):
+            trajectory.add(t, [tf.constant([float(t)]), tf.constant([float(t)])], 1)
+    trajectory.finish(10, [tf.constant([0.0]), tf.constant([10.0])], 1)
+    path = trajectory.path()
+    assert state_at(path, tf.constant(3, tf.int64))[1] == 3.0
+
+
+def test_a_wrong_pace_is_refused():
+    with pytest.raises(ValueError, match="`pace` is"):
+        Linear("fast")
+
+
+def test_between_anchors_the_path_is_straight():
+    trajectory = Linear("steps")
     _run(trajectory, 10)
     got = state_at(trajectory.path(), tf.constant(3, tf.int64))
     for a, first, last in zip(got, _state(0), _state(10), strict=True):

@@ -28,11 +28,18 @@ def spread(value: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
     return value if value.shape == tf.TensorShape(shape) else broadcast(value)
 
 
-def _summed(x: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+def total(x: tf.Tensor) -> tf.Tensor:
+    """The sum of all entries, quickly under XLA."""
     if x.shape.rank < 2:
         return tf.reduce_sum(x)
+    columns = tf.reduce_sum(x, axis=list(range(x.shape.rank - 1)))
+    return tf.tensordot(columns, tf.ones_like(columns), 1)
+
+
+def _summed(x: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
     if shape.rank == 2:  # (inputs, 1): along the last axis
         rows = tf.matmul(x, tf.ones([x.shape[-1], 1], x.dtype))
         return tf.reduce_sum(rows, axis=list(range(x.shape.rank - 2)))
-    columns = tf.reduce_sum(x, axis=list(range(x.shape.rank - 1)))
-    return columns if shape.rank == 1 else tf.tensordot(columns, tf.ones_like(columns), 1)
+    if shape.rank == 1:
+        return tf.reduce_sum(x, axis=list(range(x.shape.rank - 1)))
+    return total(x)
