@@ -1,6 +1,6 @@
 """What `trajectory="auto"` costs over 20 updates, beside the setting that it chose.
 
-    python benchmarks/auto_cost.py
+    python benchmarks/auto_cost.py --seed 0
 
 Two fits on the digits in one process, each of 20 updates over 500 steps from the same first
 weights: one by `auto`, one by the setting that `auto` chose in the end. Printed: the seconds of
@@ -25,7 +25,7 @@ from keras_drmad.fidelity import _cost_per_step
 STEPS = 500
 
 
-def walks(updates: int, **setting) -> tuple[list[dict], list[kd.Record]]:
+def walks(updates: int, seed: int, **setting) -> tuple[list[dict], list[kd.Record]]:
     """The walks of a fit, each with its seconds, and the records of the updates."""
     noted: list[dict] = []
     original = Estimator.walk
@@ -45,7 +45,7 @@ def walks(updates: int, **setting) -> tuple[list[dict], list[kd.Record]]:
         })  # fmt: skip
         return found
 
-    keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(seed)
     (x, y), hyper = data("digits", None)
     model = net("digits")
     model.compile(
@@ -58,7 +58,9 @@ def walks(updates: int, **setting) -> tuple[list[dict], list[kd.Record]]:
     )  # fmt: skip
     drmad = kd.DrMADCallback(hyper, restart=True, **setting)
     batches = math.ceil(STEPS * 50 / len(x))
-    rows = np.concatenate([np.random.default_rng(i).permutation(len(x)) for i in range(batches)])
+    rows = np.concatenate(
+        [np.random.default_rng([seed, i]).permutation(len(x)) for i in range(batches)]
+    )
     rows = rows[: STEPS * 50]
     with mock.patch.object(Estimator, "walk", walk):
         model.fit(x[rows], y[rows], batch_size=50, epochs=updates, verbose=0, shuffle=False,
@@ -69,8 +71,10 @@ def walks(updates: int, **setting) -> tuple[list[dict], list[kd.Record]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=20)
-    updates = parser.parse_args().updates
-    auto, history = walks(updates, trajectory="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    updates, seed = arguments.updates, arguments.seed
+    auto, history = walks(updates, seed, trajectory="auto")
     for update in range(1, updates + 1):
         here = [x for x in auto if x["update"] == update]
         said = ", ".join(f"{x['setting']} {x['seconds']:.3f} s" for x in here)
@@ -82,7 +86,7 @@ def main() -> None:
     path = kd.trajectories.get(name)
     if chosen == "piecewise, hessian":
         path = kd.trajectories.Piecewise(33, "even")
-    fixed, _ = walks(updates, trajectory=path, curvature=curvature, window=window)
+    fixed, _ = walks(updates, seed, trajectory=path, curvature=curvature, window=window)
     for unit in ("seconds", "steps"):
         a, b = (sum(x[unit] for x in one) for one in (auto, fixed))
         typical = float(np.median([x[unit] for x in fixed]))

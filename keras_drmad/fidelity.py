@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_drmad.estimator import Estimator, Hypergradients, Setting
+from keras_drmad.estimator import Estimator, Hypergradients, Setting, amount
 from keras_drmad.trajectories import Linear, Piecewise, Replay
 
 
@@ -129,9 +129,10 @@ class Auto:
 
     At the first update, and again every now and then, the run is walked exactly (`replay`, Hessian)
     and by the candidates. Chosen is the cheapest whose worst cosine over the arguments reaches
-    `fidelity`, with a quarter of the way to 1 to spare. While the run stays much the same, another
-    measurement is made only where all of them together, if it costs what the last one did, add no
-    more than half to what the walks by what they chose cost.
+    `fidelity`, with a quarter of the way to 1 to spare. Another measurement is made only where all
+    of them together add no more than half to what the walks by what they chose cost. Where the run
+    has moved, those to come until update 20 count as well; and where even they do not pay for it,
+    twice the window is walked until they do.
 
     Args:
         fidelity: The cosine with the exact hypergradient that is aimed at.
@@ -147,6 +148,7 @@ class Auto:
     MOVED = 2.0  # the loss or a learning rate by this factor: time to measure again
     SOONEST = 5
     SHARE = 0.5  # what measuring may add to the cost of the walks by what was chosen
+    SOON = 20  # updates within which it must have paid
 
     def __init__(
         self,
@@ -174,6 +176,10 @@ class Auto:
         self._measured_at: tuple[float, float] | None = None
         # In training steps: walks by what was chosen, all measuring beyond them, the last of it.
         self._walked = self._measuring = self._last = 0.0
+        # And of the exact walk, of the cheapest that may be chosen.
+        self._full = self._least = 0.0
+        self._updates = 0
+        self._wider = False
 
     # What the callback asks ----------------------------------------------------------------------
 
@@ -209,6 +215,9 @@ class Auto:
                 self._moved = self._moved or moved > math.log(self.MOVED)
             found = estimator.walk(self.chosen)
             self._walked += _cost_per_step(self.chosen) * found.steps
+            self._updates += 1
+            if self._moved and not self._due():
+                self._widen(estimator)
             return found, None
         marks = sorted({round(window * estimator.steps) for window in self._windows} - {0})
         exact = estimator.walk(self._exact, marks)
@@ -216,8 +225,12 @@ class Auto:
             # Nothing to measure against: the update is refused, and the next run is measured.
             return exact, None
         before = self.chosen
+        self._full = _cost_per_step(self._exact) * exact.steps
+        cheapest = min(map(_cost_per_step, self._candidates)) * exact.steps
+        self._least = _cost_per_step(self._exact) * marks[0] if marks else cheapest
         measured = self._choose(estimator, exact, marks)
-        self._since, self._moved, self._measured_at = 0, False, now
+        self._updates += 1
+        self._since, self._moved, self._measured_at, self._wider = 0, False, now, False
         stands = before is not None and str(before) == str(self.chosen)
         self._interval = min(2 * self._interval, self.LONGEST) if stands else self.EVERY
         return exact, measured
@@ -226,7 +239,8 @@ class Auto:
         """What is to be kept where the run is saved, as JSON can hold it."""
         state: dict[str, Any] = {"why": self.why, "since": self._since, "interval": self._interval}
         state["moved"] = self._moved
-        state["costs"] = [self._walked, self._measuring, self._last]
+        state["costs"] = [self._walked, self._measuring, self._last, self._full, self._least]
+        state["updates"], state["wider"] = self._updates, self._wider
         if self.chosen is not None:
             known = [setting.trajectory for setting in (self._exact, *self._candidates)]
             state["chosen"] = known.index(self.chosen.trajectory)
@@ -242,15 +256,37 @@ class Auto:
         self.why, self._since, self._interval = state["why"], state["since"], state["interval"]
         self._measured_at = tuple(state["measured_at"])
         self._moved = state.get("moved", False)
-        self._walked, self._measuring, self._last = state.get("costs", (0.0, 0.0, 0.0))
+        costs = [*state.get("costs", ()), *[0.0] * 5]
+        self._walked, self._measuring, self._last, self._full, self._least = costs[:5]
+        self._updates, self._wider = state.get("updates", 0), state.get("wider", False)
 
     # Choosing ------------------------------------------------------------------------------------
 
     def _due(self) -> bool:
-        if self.chosen is None or self._moved:
+        if self.chosen is None:
+            return True
+        if self._moved and self._affords(self._full):
             return True
         affordable = self._measuring + self._last <= self.SHARE * self._walked
         return self._since >= self._interval and affordable
+
+    def _affords(self, spent: float) -> bool:
+        """Whether so many training steps for one measurement are within the budget of update 20.
+
+        What is chosen then is walked either way; it costs as much as the cheapest at least.
+        """
+        to_come = self._least * max(0, self.SOON - self._updates)
+        return self._measuring + spent - self._least <= self.SHARE * (self._walked + to_come)
+
+    def _widen(self, estimator: Estimator) -> None:
+        """Walk twice the window: a choice that may not hold any more, and can't be measured yet."""
+        assert self.chosen is not None
+        if self.chosen.window is None or self._wider:
+            return
+        wider = replace(self.chosen, window=2 * amount(self.chosen.window, estimator.steps))
+        if self._fits(estimator, wider):
+            self.chosen, self._wider = wider, True
+            self.why = "twice the window: the run has moved, and to measure it is too dear by now"
 
     def _choose(
         self, estimator: Estimator, exact: Hypergradients, marks: Sequence[int]
@@ -260,7 +296,11 @@ class Auto:
         best: tuple[float, Setting, dict[str, Agreement]] | None = None
         nearest: tuple[float, Setting, dict[str, Agreement]] | None = None
         full_cost = spent = _cost_per_step(self._exact) * exact.steps
+        first = self.chosen is None
         for setting in [self._exact, *self._candidates]:
+            more = 0.0 if setting is self._exact else _cost_per_step(setting) * exact.steps
+            if not first and more and nearest is not None and not self._affords(spent + more):
+                continue
             try:
                 walked = exact if setting is self._exact else estimator.walk(setting)
             except LookupError:

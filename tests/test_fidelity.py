@@ -128,6 +128,9 @@ def test_measuring_adds_at_most_half_to_what_was_chosen(monkeypatch, window):
             walked = setting.window or steps
             return Hypergradients(1.0, [], [], None, walked, 0.0)
 
+        def nbytes(self, setting):
+            return 0
+
     monkeypatch.setattr(auto, "_choose", choose)
     for update in range(1, 101):
         assert len(auto.settings()) == (4 if auto._due() else 1)
@@ -142,10 +145,42 @@ def test_measuring_adds_at_most_half_to_what_was_chosen(monkeypatch, window):
         if update >= 20:
             assert total <= 1.5 * cost * window * update
     assert len(measured) >= 3
-    # Where the run has moved it is measured all the same.
+    # Where the run has moved it is measured at once, as long as there is budget for it.
     monkeypatch.setattr(auto, "SOONEST", 1)
+    monkeypatch.setattr(auto, "_measuring", 0.0)
     auto.hypergradients(Walks(), 10.0, 0.1)
     assert auto._due()
+
+
+@pytest.mark.parametrize("window", [62, 125, 250])
+@pytest.mark.parametrize("every", [2, 7, 12])
+def test_measuring_adds_at_most_half_however_often_the_run_moves(monkeypatch, window, every):
+    auto, steps, cost, walked, measured = fidelity.Auto(), 500, 3.0, [], 0
+
+    def choose(estimator, exact, marks):
+        auto.chosen = Setting(auto._exact.trajectory, "hessian", window)
+        auto._note_costs(cost * window, cost * steps)
+        return {}
+
+    class Walks:
+        steps = 500
+
+        def walk(self, setting, marks=()):
+            return Hypergradients(1.0, [], [], None, setting.window or steps, 0.0)
+
+    monkeypatch.setattr(auto, "_choose", choose)
+    for update in range(1, 61):
+        loss = 10.0 ** (update // every)
+        used, found = auto.chosen, auto.hypergradients(Walks(), loss, 0.1)[1]
+        measured += found is not None
+        walked.append(cost * (window if found is not None else used.window))
+        # What measuring cost: the exact walks, without what the chosen ones would have cost.
+        added = measured * cost * (steps - window)
+        if update >= 20:
+            assert added <= 0.5 * sum(walked) + 1e-9
+    assert measured >= 3
+    if window == 62:  # not to be paid for before update 20: the window is doubled meanwhile
+        assert 2 * cost * window in walked[:20]
 
 
 def test_auto_measures_again_when_the_learning_rate_has_moved_much(monkeypatch):
