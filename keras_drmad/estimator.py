@@ -114,6 +114,11 @@ class Estimator:
         """Whether it is decided whether XLA compiles walks by a setting."""
         return self._compilation.settled(str(setting))
 
+    @property
+    def halved(self) -> bool:
+        """Whether what a replayed step works out is kept for the walk, and not worked out twice."""
+        return any(loop.halved for loop in self._loops.values())
+
     # Forward -----------------------------------------------------------------------------------
 
     def begin(self, steps: int | None, settings: Sequence[Setting]) -> None:

@@ -180,6 +180,11 @@ class Auto:
         self._full = self._least = 0.0
         self._updates = 0
         self._wider = False
+        self._halved = False  # whether replayed steps are not worked out twice
+
+    def _cost(self, setting: Setting) -> float:
+        """Of a walk, in training steps a step."""
+        return _cost_per_step(setting, self._halved)
 
     # What the callback asks ----------------------------------------------------------------------
 
@@ -214,20 +219,21 @@ class Auto:
                 moved = max(abs(a - b) for a, b in zip(now, self._measured_at, strict=True))
                 self._moved = self._moved or moved > math.log(self.MOVED)
             found = estimator.walk(self.chosen)
-            self._walked += _cost_per_step(self.chosen) * found.steps
+            self._walked += self._cost(self.chosen) * found.steps
             self._updates += 1
             if self._moved and not self._due():
                 self._widen(estimator)
             return found, None
         marks = sorted({round(window * estimator.steps) for window in self._windows} - {0})
         exact = estimator.walk(self._exact, marks)
+        self._halved = estimator.halved
         if exact.problem:
             # Nothing to measure against: the update is refused, and the next run is measured.
             return exact, None
         before = self.chosen
-        self._full = _cost_per_step(self._exact) * exact.steps
-        cheapest = min(map(_cost_per_step, self._candidates)) * exact.steps
-        self._least = _cost_per_step(self._exact) * marks[0] if marks else cheapest
+        self._full = self._cost(self._exact) * exact.steps
+        cheapest = min(map(self._cost, self._candidates)) * exact.steps
+        self._least = self._cost(self._exact) * marks[0] if marks else cheapest
         measured = self._choose(estimator, exact, marks)
         self._updates += 1
         self._since, self._moved, self._measured_at, self._wider = 0, False, now, False
@@ -238,7 +244,7 @@ class Auto:
     def get_state(self) -> dict[str, Any]:
         """What is to be kept where the run is saved, as JSON can hold it."""
         state: dict[str, Any] = {"why": self.why, "since": self._since, "interval": self._interval}
-        state["moved"] = self._moved
+        state["moved"], state["halved"] = self._moved, self._halved
         state["costs"] = [self._walked, self._measuring, self._last, self._full, self._least]
         state["updates"], state["wider"] = self._updates, self._wider
         if self.chosen is not None:
@@ -255,7 +261,7 @@ class Auto:
         self.chosen = replace(chosen, window=state["window"])
         self.why, self._since, self._interval = state["why"], state["since"], state["interval"]
         self._measured_at = tuple(state["measured_at"])
-        self._moved = state.get("moved", False)
+        self._moved, self._halved = state.get("moved", False), state.get("halved", False)
         costs = [*state.get("costs", ()), *[0.0] * 5]
         self._walked, self._measuring, self._last, self._full, self._least = costs[:5]
         self._updates, self._wider = state.get("updates", 0), state.get("wider", False)
@@ -295,10 +301,10 @@ class Auto:
         names = [v.path for v in estimator.tuned]
         best: tuple[float, Setting, dict[str, Agreement]] | None = None
         nearest: tuple[float, Setting, dict[str, Agreement]] | None = None
-        full_cost = spent = _cost_per_step(self._exact) * exact.steps
+        full_cost = spent = self._cost(self._exact) * exact.steps
         first = self.chosen is None
         for setting in [self._exact, *self._candidates]:
-            more = 0.0 if setting is self._exact else _cost_per_step(setting) * exact.steps
+            more = 0.0 if setting is self._exact else self._cost(setting) * exact.steps
             if not first and more and nearest is not None and not self._affords(spent + more):
                 continue
             try:
@@ -306,7 +312,7 @@ class Auto:
             except LookupError:
                 continue  # TensorFlow has no second derivative of a layer
             if setting is not self._exact:
-                spent += _cost_per_step(setting) * walked.steps
+                spent += self._cost(setting) * walked.steps
             # A shorter window is an option where the path is exact; a straight line over it would
             # be another line than the one measured.
             for result in [*(walked.marks if setting is self._exact else ()), walked]:
@@ -318,7 +324,7 @@ class Auto:
                     continue
                 found = agreement(optimizer, names, result, exact)
                 worst = min(a.cosine for a in found.values())
-                cost = _cost_per_step(setting) * result.steps
+                cost = self._cost(setting) * result.steps
                 if worst >= self.wanted and (best is None or cost < best[0]):
                     best = (cost, option, found)
                 if nearest is None or worst > nearest[0]:
@@ -341,7 +347,7 @@ class Auto:
                 "Raise it, or choose a trajectory by name."
             )
         worst, self.chosen, found = nearest
-        self._note_costs(_cost_per_step(self.chosen) * (self.chosen.window or exact.steps), spent)
+        self._note_costs(self._cost(self.chosen) * (self.chosen.window or exact.steps), spent)
         self.why = (
             f"cosine {worst:.3f} with the exact hypergradient, the best within the memory limit "
             f"({self.fidelity} asked)"
@@ -359,13 +365,18 @@ class Auto:
         return estimator.nbytes(setting) <= self.memory_limit
 
 
-def _cost_per_step(setting: Setting) -> float:
+def _cost_per_step(setting: Setting, halved: bool = False) -> float:
     """Of a walk, in training steps, by the arithmetic of docs/performance.md.
 
     Not by the clock: the choice would then differ from run to run, and results with it.
+
+    Args:
+        setting: With what is walked.
+        halved: Whether what a replayed step works out is kept for the walk (`keras_drmad.halves`).
     """
+    replaying = 0.5 if halved else 1.0
     return _CURVATURE_COST[setting.curvature] + (
-        1.0 if isinstance(setting.trajectory, Replay) else 0.0
+        replaying if isinstance(setting.trajectory, Replay) else 0.0
     )
 
 

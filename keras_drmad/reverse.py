@@ -102,6 +102,11 @@ class ReverseLoop:
         self._graphs: dict[Any, Callable] = {}
         self._halves: list[Halves] = []  # a Python function in them lives as long as their graphs
 
+    @property
+    def halved(self) -> bool:
+        """Whether replayed steps were cut in halves."""
+        return bool(self._halves)
+
     def walk(
         self,
         batches: Batches,
