@@ -122,7 +122,7 @@ def test_measuring_adds_at_most_half_to_what_was_chosen(monkeypatch, window):
         return {}
 
     class Walks:
-        steps = 500
+        steps, halved = 500, False
 
         def walk(self, setting, marks=()):
             walked = setting.window or steps
@@ -163,7 +163,7 @@ def test_measuring_adds_at_most_half_however_often_the_run_moves(monkeypatch, wi
         return {}
 
     class Walks:
-        steps = 500
+        steps, halved = 500, False
 
         def walk(self, setting, marks=()):
             return Hypergradients(1.0, [], [], None, setting.window or steps, 0.0)
