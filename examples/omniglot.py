@@ -283,12 +283,12 @@ def run(method: str, data: Drawings, arguments: argparse.Namespace) -> dict:
         jit_compile=arguments.jit,
     )
     best = Best(drmad, tied, tasks)
-    began = time.perf_counter()
+    began = time.process_time()
     size, epochs = arguments.batch_size, arguments.epochs
     model.fit(train.x, train.y, size, (arguments.updates + 1) * epochs, verbose=0,
               callbacks=[drmad, best])  # fmt: skip
-    seconds = time.perf_counter() - began
-    found = {"outer_loss": [round(loss, 4) for loss in best.losses], "seconds": round(seconds)}
+    seconds = time.process_time() - began
+    found = {"outer_loss": [round(loss, 4) for loss in best.losses], "CPU seconds": round(seconds)}
     found["skipped"] = sum(not record.accepted for record in drmad.history)
     for name, part in (("test accuracy", train), ("hyper drawings added", both)):
         drmad.restore_first_weights()
@@ -313,7 +313,7 @@ def tables(results: dict) -> str:
     for title, known in results.items():
         lines += [f"#### {title}", ""]
         lines.append("| nets | tuned | lowest outer loss | test accuracy | of each seed | "
-                     "hyper drawings added | seconds |")  # fmt: skip
+                     "hyper drawings added | CPU seconds |")  # fmt: skip
         lines.append("|" + " --- |" * 7)
         for method, seeds in known.items():
             runs = list(seeds.values())
@@ -323,14 +323,14 @@ def tables(results: dict) -> str:
                 f"{np.mean([min(r['outer_loss']) for r in runs]):.3f} | "
                 f"**{np.mean(accuracies):.1%}** | {', '.join(f'{a:.1%}' for a in accuracies)} | "
                 f"{np.mean([r['hyper drawings added'] for r in runs]):.1%} | "
-                f"{np.mean([r['seconds'] for r in runs]):.0f} |"
+                f"{np.mean([r['CPU seconds'] for r in runs if 'CPU seconds' in r]):.0f} |"
             )
-        lines += ["", *of_pairs(known), ""]
+        lines += ["", *of_pairs(known, "turned" in title), ""]
     return "\n".join(lines).replace("%", " %").rstrip()
 
 
-def of_pairs(known: dict) -> list[str]:
-    """The strengths that were learned: of pairs turned alike, and of pairs that were not."""
+def of_pairs(known: dict, turned: bool) -> list[str]:
+    """The strengths that were learned: all, and of pairs turned alike and not alike."""
     rows = []
     for method, seeds in known.items():
         for layer in ("hidden_1", "hidden_2"):
@@ -338,21 +338,18 @@ def of_pairs(known: dict) -> list[str]:
             if not found:
                 continue
             logs = np.log(found)
-            middle = f"{np.exp(np.median(logs)):.2g}"
-            ends = f"{np.min(found):.2g} to {np.max(found):.2g}"
-            cells = [f"| {method} | {layer} | {middle} | {ends} |"]
-            if logs.shape[1] > 1:
+            groups = [slice(None)]
+            if turned:
                 tasks = next(n for n in itertools.count(2) if n * (n - 1) // 2 == logs.shape[1])
                 pairs = itertools.combinations(range(tasks), 2)
-                alike = np.array([a % 2 == b % 2 for a, b in pairs])
-                cells.append(" | ".join(f" {np.exp(np.median(logs[:, which])):.2g}"
-                                        for which in (alike, ~alike)) + " |")  # fmt: skip
-            else:
-                cells.append(" | |")
-            rows.append("".join(cells))
-    head = ["| nets | layer | strength: median | lowest to highest | pairs of one parity, median | "
-            "other pairs, median |", "|" + " --- |" * 6]  # fmt: skip
-    return head + rows if rows else []
+                alike = np.array([(b - a) % 2 == 0 for a, b in pairs])
+                groups += [alike, ~alike]
+            medians = [f"{np.exp(np.median(logs[:, which])):.2g}" for which in groups]
+            ends = f"{np.min(found):.2g} to {np.max(found):.2g}"
+            rows.append(f"| {' | '.join([method, layer, ends, *medians])} |")
+    head = ["nets", "layer", "strengths", "median"]
+    head += ["of pairs turned alike", "of other pairs"] if turned else []
+    return [f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows] if rows else []
 
 
 def parser() -> argparse.ArgumentParser:
