@@ -346,8 +346,12 @@ def of_pairs(known: dict, turned: bool) -> list[str]:
                 groups += [alike, ~alike]
             medians = [f"{np.exp(np.median(logs[:, which])):.2g}" for which in groups]
             ends = f"{np.min(found):.2g} to {np.max(found):.2g}"
-            rows.append(f"| {' | '.join([method, layer, ends, *medians])} |")
-    head = ["nets", "layer", "strengths", "median"]
+            agree = ""
+            if len(logs) > 1 and logs.shape[1] > 1:
+                of_two = np.corrcoef(logs)[np.triu_indices(len(logs), 1)]
+                agree = f"{of_two.min():.2f} to {of_two.max():.2f}"
+            rows.append(f"| {' | '.join([method, layer, ends, agree, *medians])} |")
+    head = ["nets", "layer", "strengths", "correlation of logs between seeds", "median"]
     head += ["of pairs turned alike", "of other pairs"] if turned else []
     return [f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *rows] if rows else []
 
