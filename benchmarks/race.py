@@ -25,6 +25,7 @@ import keras_tuner
 import numpy as np
 import optuna
 import tensorflow as tf
+from race_newton import TRAININGS, drmad_bfgs
 from race_problem import LAYERS, SPACE, START, Problem
 from race_results import figure, load, merge, tables
 
@@ -34,7 +35,6 @@ from keras_drmad.estimator import Setting
 from keras_drmad.fidelity import _cost_per_step
 
 HERE = pathlib.Path(__file__).resolve().parent
-TRAININGS = 30
 
 
 # The methods ---------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class Baydin(keras.optimizers.Optimizer):
 
     def __init__(self, rates: list[float], momentum: float, l2: list[float]):
         super().__init__(learning_rate=1.0)
-        self.start, self.momentum, self.l2 = rates, momentum, l2
+        self.start, self.momentum, self.l2 = rates, momentum, l2  # of each layer
 
     def build(self, variables):
         super().build(variables)
@@ -156,10 +156,12 @@ class Baydin(keras.optimizers.Optimizer):
 
 
 def baydin(problem: Problem) -> None:
+    trained = (layer.name for layer in problem.model.layers if layer.trainable_variables)
+    kinds = [next(kind for kind in LAYERS if name.startswith(kind)) for name in trained]
     problem.compile(Baydin(
-        [START[f"learning_rate/{n}"] for n in LAYERS],
+        [START[f"learning_rate/{kind}"] for kind in kinds],
         1.0 - START["1 - momentum"],
-        [START[f"l2/{n}"] for n in LAYERS],
+        [START[f"l2/{kind}"] for kind in kinds],
     ))  # fmt: skip
     rng = np.random.default_rng(problem.seed)
     beta = 0.02
@@ -228,6 +230,7 @@ METHODS = {
     "KerasTuner": kerastuner,
     "Optuna": optuna_tpe,
     "DrMAD": drmad,
+    "DrMAD, BFGS": drmad_bfgs,
     "DrMAD, full trainings": functools.partial(drmad, short=False),
     "DrMAD, linear": functools.partial(drmad, trajectory="linear"),
     "Baydin": baydin,  # the last: it compiles the net with an optimizer of its own
@@ -255,8 +258,9 @@ def run(problem: Problem, method: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="digits", help="digits, mnist or both: a,b")
+    parser.add_argument("--data", default="digits", help="of digits, mnist, cifar10: a,b")
     parser.add_argument("--mnist-file", default=None, help="mnist.npz, as Keras has it")
+    parser.add_argument("--data-dir", default=None, help="where TFDS finds or puts CIFAR-10")
     parser.add_argument("--methods", default=";".join(METHODS), help="some of them: a;b")
     parser.add_argument("--l2", default="layer", help="layer or neuron: the penalty's grain")
     parser.add_argument("--seeds", type=int, default=5)
@@ -274,7 +278,8 @@ def main() -> None:
         return
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name in arguments.data.split(","):
-            problem = Problem(name, seed, arguments.l2, arguments.mnist_file)
+            source = arguments.mnist_file if name == "mnist" else arguments.data_dir
+            problem = Problem(name, seed, arguments.l2, source)
             asked = arguments.methods.split(";")
             for method in (m for m in METHODS if m in asked):
                 result = run(problem, method)

@@ -18,7 +18,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 BATCH = 50
 CHANCE = math.log(10)  # what a diverged training counts as
 
-LAYERS = ("hidden", "logits")
+LAYERS = ("hidden", "logits")  # of a convolutional net, all hidden layers are taken as one
 # (lowest, highest, start), of 1 - momentum likewise; all are searched on a logarithmic scale.
 SPACE = {
     "learning_rate/hidden": (1e-3, 1.0, 0.01),
@@ -28,29 +28,61 @@ SPACE = {
     "l2/logits": (1e-6, 1e-1, 1e-4),
 }
 START = {key: first for key, (_, _, first) in SPACE.items()}
-DATA = {"mnist": (784, 100, 5), "digits": (64, 50, 10)}  # inputs, hidden units, epochs
+# shape of an image, hidden units or filters, epochs, training and validation images
+DATA = {
+    "mnist": ((784,), (100,), 5, 5000, 2000),
+    "digits": ((64,), (50,), 10, 900, 300),
+    "cifar10": ((32, 32, 3), (16, 32), 5, 2000, 1000),
+}
 
 
-def images(name: str, mnist_file: str | None, seed: int):
-    """Training, validation and test images and labels; a seed has its own training images."""
+def images(name: str, source: str | None, seed: int):
+    """Training, validation and test images and labels; a seed has its own training images.
+
+    Args:
+        name: Of the data.
+        source: The file mnist.npz, or the folder where TFDS finds or puts CIFAR-10.
+        seed: Draws training and validation images.
+    """
     if name == "mnist":
-        with np.load(mnist_file) as file:
+        with np.load(source) as file:
             x, y = file["x_train"].reshape(-1, 784) / np.float32(255), file["y_train"]
             test = file["x_test"].reshape(-1, 784) / np.float32(255), file["y_test"]
-        sizes = 5000, 2000
     else:
+        folder = HERE.parent / "examples/data" if name == "digits" else source
         parts = [
-            tfds.load("digits", data_dir=HERE.parent / "examples/data", split=split,
-                      as_supervised=True, batch_size=-1)
+            tfds.load(name, data_dir=folder, split=split, as_supervised=True, batch_size=-1)
             for split in ("train", "test")
-        ]  # fmt: skip
-        (x, y), test = [
-            (p[0].numpy().reshape(-1, 64) / np.float32(16), p[1].numpy()) for p in parts
         ]
-        sizes = 900, 300
+        shape, largest = (-1, *DATA[name][0]), np.float32(16 if name == "digits" else 255)
+        (x, y), test = [(p[0].numpy().reshape(shape) / largest, p[1].numpy()) for p in parts]
+        if name == "cifar10":
+            x, test = x - np.float32(0.5), (test[0] - np.float32(0.5), test[1])
+    sizes = DATA[name][3:]
     order = np.random.default_rng(seed).permutation(len(x))
     train, val = order[: sizes[0]], order[sizes[0] : sum(sizes)]
     return (x[train], y[train]), (x[val], y[val]), test
+
+
+def layers(name: str) -> list[keras.layers.Layer]:
+    """The layers of a net; their names begin with one of `LAYERS`."""
+    shape, units = DATA[name][:2]
+    if len(shape) == 1:
+        hidden = [keras.layers.Dense(units[0], activation="tanh", name="hidden")]
+    else:
+        hidden = [
+            keras.layers.Conv2D(filters, 3, 2, "same", activation="relu", name=f"hidden_{i}")
+            for i, filters in enumerate(units, start=1)
+        ] + [keras.layers.Flatten()]
+    return [keras.Input(shape), *hidden, keras.layers.Dense(10, name="logits")]
+
+
+def key_of(group: Any) -> str:
+    """What `SPACE` calls a group of tuned values of the optimizer."""
+    if group.argument == "momentum":
+        return "1 - momentum"
+    layer = next(layer for layer in LAYERS if group.key.startswith(layer))
+    return f"{group.argument}/{layer}"
 
 
 class Problem:
@@ -59,10 +91,10 @@ class Problem:
     It counts what is spent: training steps, what a walk back costs in training steps, CPU seconds.
     """
 
-    def __init__(self, name: str, seed: int, per: str, mnist_file: str | None):
-        inputs, units, self.epochs = DATA[name]
+    def __init__(self, name: str, seed: int, per: str, source: str | None):
+        self.epochs = DATA[name][2]
         self.name, self.seed, self.per = name, seed, per
-        (x, y), self.validation, self.test = images(name, mnist_file, seed)
+        (x, y), self.validation, self.test = images(name, source, seed)
         self.per_epoch = len(x) // BATCH
         self.steps = self.epochs * self.per_epoch
         rng = np.random.default_rng(seed)
@@ -71,16 +103,20 @@ class Problem:
         x, y = tf.constant(x), tf.constant(y)
         self.batches = rows.map(lambda i: (tf.gather(x, i), tf.gather(y, i)))
         keras.utils.set_random_seed(seed)
-        dense = keras.layers.Dense
-        self.model = keras.Sequential([
-            keras.Input((inputs,)),
-            dense(units, activation="tanh", name="hidden"),
-            dense(10, name="logits"),
-        ])  # fmt: skip
+        self.model = keras.Sequential(layers(name))
+        of_layers = {f"{layer}*": layer for layer in LAYERS}
+
+        def one_a_layer(argument: str) -> dict[str, kd.Hyperparameter]:
+            return {
+                pattern: kd.Hyperparameter(START[f"{argument}/{layer}"])
+                for pattern, layer in of_layers.items()
+            }
+
+        per_neuron = {pattern: START[f"l2/{layer}"] for pattern, layer in of_layers.items()}
         self.compile(kd.optimizers.SGD(
-            kd.Hyperparameter({n: START[f"learning_rate/{n}"] for n in LAYERS}, per="layer"),
+            one_a_layer("learning_rate"),
             momentum=kd.Hyperparameter(1.0 - START["1 - momentum"]),
-            l2=kd.Hyperparameter({n: START[f"l2/{n}"] for n in LAYERS}, per=per),
+            l2=kd.Hyperparameter(per_neuron, per=per) if per == "neuron" else one_a_layer("l2"),
         ))  # fmt: skip
 
     def compile(self, optimizer: keras.optimizers.Optimizer) -> None:
@@ -115,10 +151,8 @@ class Problem:
         """Take the values of a black box, which names them as `SPACE` does."""
         optimizer = self.model.optimizer
         for group, raw in zip(optimizer.groups, optimizer.raw_variables, strict=True):
-            if group.argument == "momentum":
-                value = 1.0 - values["1 - momentum"]
-            else:
-                value = values[f"{group.argument}/{group.key}"]
+            value = values[key_of(group)]
+            value = 1.0 - value if group.argument == "momentum" else value
             raw.assign(np.full(raw.shape, group.domain.raw(value)))
 
     def fit(self, epochs: int, callbacks: list) -> None:

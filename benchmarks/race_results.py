@@ -25,6 +25,8 @@ _STYLES = {
     "Baydin": ("tab:purple", "-"),
     "DrMAD": ("tab:blue", "-"),
     "DrMAD, per neuron": ("tab:blue", "--"),
+    "DrMAD, BFGS": ("tab:pink", "-"),
+    "DrMAD, BFGS, per neuron": ("tab:pink", "--"),
     "DrMAD, full trainings": ("tab:cyan", "-"),
     "DrMAD, linear": ("tab:red", "-"),
 }

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 pytestmark = pytest.mark.slow
 
@@ -175,3 +177,70 @@ def test_mnist_schedules(monkeypatch, capsys, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "mnist_schedules.png", "mnist_schedules_test_error.png",
     }  # fmt: skip
+
+
+OMNIGLOT = DATA.parent / "omniglot_small.npz"
+FAST_OMNIGLOT = ("--side", 7, "--units", 8, "--epochs", 3, "--seeds", 1, "--no-jit")
+
+
+def test_omniglot(monkeypatch, capsys, tmp_path):
+    if not OMNIGLOT.is_file():
+        pytest.skip("no omniglot_small.npz beside the project")
+    results = tmp_path / "results.json"
+    printed = run(
+        monkeypatch, capsys, "omniglot.py", "--omniglot-file", OMNIGLOT, *FAST_OMNIGLOT,
+        "--updates", 5, "--results", results,
+    )  # fmt: skip
+    found = json.loads(results.read_text())["as drawn"]
+    counts = {method: seeds["0"]["tuned"] for method, seeds in found.items()}
+    # A rate and an L2 for each of three layers; 28 pairs of 8 alphabets in each of two layers.
+    assert list(counts.values()) == [6, 6, 6 + 2, 6 + 56]
+    for method, seeds in found.items():
+        losses = seeds["0"]["outer_loss"]
+        assert min(losses[1:]) < losses[0]
+        assert seeds["0"]["skipped"] == 0
+        assert f"| {method} | {counts[method]} |" in printed
+
+
+def test_omniglot_by_tfds(monkeypatch, capsys, tmp_path):
+    """The folder is written by TFDS's own builder, from made-up drawings."""
+    rng = np.random.default_rng(0)
+    names = ["Blots", "Dots", "Lines"]
+
+    def drawings(self, alphabets):
+        for alphabet in alphabets:
+            for character in range(2):
+                for drawing in range(6):
+                    ink = rng.uniform(size=(105, 105, 1)) < 0.3 + 0.3 * character
+                    yield (
+                        f"{alphabet} {character} {drawing}",
+                        {
+                            "image": np.where(ink, 0, 255).astype("uint8").repeat(3, -1),
+                            "alphabet": names[alphabet],
+                            "alphabet_char_id": character,
+                            "label": 2 * alphabet + character,
+                        },
+                    )
+
+    def splits(self, manager):
+        self.info.features["alphabet"].names = names + [f"{i}" for i in range(47)]
+        return {"small1": drawings(self, [0, 1]), "small2": drawings(self, [1, 2])}
+
+    real, parts = tfds.builder_cls("omniglot"), {"_split_generators": splits, "url_infos": {}}
+    with tfds.core.registered.skip_registration():
+        offline = type("Omniglot", (real,), parts)
+    offline(data_dir=tmp_path).download_and_prepare()
+    example = runpy.run_path(str(EXAMPLES / "omniglot.py"))
+    data = example["from_tfds"](str(tmp_path))
+    assert data.names == names
+    assert data.images.shape == (36, 28, 28)  # "Dots" is in both sets, and counts once
+    assert np.bincount(data.character).tolist() == [6] * 6
+    assert sorted(data.drawer) == sorted(list(range(6)) * 6)
+    ink = [data.images[data.character % 2 == i].mean() for i in (0, 1)]
+    np.testing.assert_allclose(ink, [0.3, 0.6], atol=0.01)
+    printed = run(
+        monkeypatch, capsys, "omniglot.py", "--data-dir", tmp_path, *FAST_OMNIGLOT,
+        "--updates", 1, "--train-drawers", 2, "--hyper-drawers", 2, "--batch-size", 2,
+        "--methods", "tied, a strength per layer and pair",
+    )  # fmt: skip
+    assert "| tied, a strength per layer and pair | 12 |" in printed  # 6 and 2 x 3 pairs

@@ -55,3 +55,53 @@ def test_a_new_measurement_takes_the_place_of_the_old_one(results, tmp_path):
     results.merge(path, [raced("DrMAD", 0, [0.5]), raced("DrMAD", 0, [0.6], l2="neuron")])
     results.merge(path, [raced("DrMAD", 0, [0.4])])
     assert [(x["l2"], x["best"]) for x in results.load(path)] == [("layer", 0.4), ("neuron", 0.6)]
+
+
+@pytest.fixture
+def newton(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import race_newton
+
+    return race_newton
+
+
+def test_bfgs_follows_a_curved_valley(newton):
+    calls = []
+
+    def valley(x, bound):
+        calls.append(x)
+        value = 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+        slope = np.array([
+            -400 * x[0] * (x[1] - x[0] ** 2) - 2 * (1 - x[0]), 200 * (x[1] - x[0] ** 2)
+        ])  # fmt: skip
+        return value, slope if value < bound else None
+
+    end, inverse = newton.bfgs(valley, np.array([-1.2, 1.0]), lambda: len(calls) < 80)
+    np.testing.assert_allclose(end, 1.0, atol=1e-4)
+    hessian = np.array([[802.0, -400.0], [-400.0, 200.0]])
+    np.testing.assert_allclose(inverse @ hessian, np.eye(2), atol=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per", ["layer", "neuron"])
+def test_the_hypergradient_of_a_race_agrees_with_differences(newton, per):
+    import race_problem
+
+    problem = race_problem.Problem("digits", 100, per, None)
+    one = newton.Hypergradient(problem)
+    assert problem.spent == 0
+    point = one.start() + np.array([0.5, 0.2, 0.3, 4.0, 4.0])
+    _, slope = one(point, 2, math.inf)
+    assert problem.spent == pytest.approx(0.2 * (1 + newton.WALK))
+    for i in range(5):
+        step = np.eye(5)[i] * 0.02
+        losses = [one(point + sign * step, 2, -math.inf)[0] for sign in (1, -1)]
+        difference = (losses[0] - losses[1]) / 0.04
+        assert slope[i] == pytest.approx(difference, rel=0.02, abs=2e-5)
+    if per == "neuron":
+        one.fine = True
+        layer = [list(race_problem.START).index(name) for name in one.fine_names()]
+        assert len(layer) == 3 + 50 + 10
+        _, parts = one(point[layer], 2, math.inf)
+        sums = [parts[np.array(layer) == i].sum() for i in range(5)]
+        np.testing.assert_allclose(sums, slope, rtol=1e-4)
