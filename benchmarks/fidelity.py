@@ -325,7 +325,7 @@ def measure(row, seed: int, folder, settings: dict[str, Setting]) -> list[dict]:
         limit = math.inf if name == UNGUARDED else GROWTH_LIMIT
         with (
             mock.patch("keras_drmad.estimator.GROWTH_LIMIT", limit),
-            mock.patch("keras_drmad.reverse.bounded", acting),
+            mock.patch("keras_drmad.steps.bounded", acting),
         ):
             if name == TAIL:
                 estimator._loops["tail", False] = TailLoop(estimator, steps)

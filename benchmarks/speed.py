@@ -144,8 +144,8 @@ class Case:
             def train(run, state):
                 def body(i, state):
                     def step(batch):
-                        return loop._training_step(
-                            state, loop._given(run, tf.cast(i, tf.int64), i, batch)
+                        return loop.steps.forward(
+                            state, loop.steps.given(run, tf.cast(i, tf.int64), i, batch)
                         )
 
                     return i + 1, apply(run.batches, i, step)

@@ -24,7 +24,8 @@ from keras_drmad.compilation import Compilation
 from keras_drmad.objectives import OuterLoss, TrainingLoss, seed_variables
 from keras_drmad.optimizers import block_of
 from keras_drmad.recorder import Recorder
-from keras_drmad.reverse import Adjoint, ReverseLoop, Run
+from keras_drmad.reverse import Adjoint, ReverseLoop
+from keras_drmad.steps import Run, Steps
 from keras_drmad.trajectories import Anchors, Dense, Path, State, Trajectory
 
 Amount = int | float | None  # a number of steps, a fraction of them, or all
@@ -342,15 +343,15 @@ class Estimator:
         if key not in self._loops:
             optimizer = self.model.optimizer
             auto = self._compilation.asked == "auto"
-            self._loops[key] = ReverseLoop(
+            steps = Steps(
                 TrainingLoss(self.model, self.tuned),
                 functools.partial(optimizer.pure_update, spread=compiled),
                 curvatures.get(curvature),
                 [len(slots) for slots in optimizer.slot_variables],
                 block_of,
-                compiled,
-                self._loop(curvature, False) if compiled and auto else None,
             )
+            plain = self._loop(curvature, False) if compiled and auto else None
+            self._loops[key] = ReverseLoop(steps, compiled, plain)
         return self._loops[key]
 
     def _rows(self, setting: Setting, visits: np.ndarray) -> np.ndarray:

@@ -1,16 +1,8 @@
 """The reverse loop: walk back through a training run and collect hypergradients.
 
-At every visited step t, with the cotangents (w_bar, s_bar) of the weights and slots after it,
-
-    w_bar', s_bar', g_bar, l_bar = VJP of the update rule at the state before it
-    w_bar <- w_bar' + C g_bar                    C: curvature of the step's training loss,
-                                                 bounded on a reconstructed path
-    s_bar <- s_bar'
-    hypergradient of the rule's values += l_bar
-    hypergradient of tuned variables   += d <gradient, g_bar> / d tuned
-
-(Maclaurin et al., 2015, algorithm 2; Fu et al., 2016, algorithm 2). The loop is one
-`tf.while_loop`; which steps it visits, on which batches, along which path, are tensors.
+At every visited step the cotangents are taken back over it (`steps`), and what the step gives is
+added up. The loop is a `tf.while_loop`; which steps it visits, on which batches, along which path,
+are tensors.
 """
 
 from __future__ import annotations
@@ -22,13 +14,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_drmad import rules
-from keras_drmad.batches import Batches, Packed
-from keras_drmad.curvature import Curvature, bounded, gauss_newton
+from keras_drmad.batches import Batches
 from keras_drmad.halves import Halves
+from keras_drmad.steps import Run, Steps, Tensors, given_spec
 from keras_drmad.trajectories import Anchors, Dense, Path, State, state_at
-
-Tensors = list[tf.Tensor]
 
 CEILING = 0.02  # of the limit, above which Gauss-Newton on a reconstructed path adds no more
 CHECK_EVERY = 8  # visited steps from one look at the adjoint's norm to the next
@@ -43,34 +32,7 @@ class Adjoint(NamedTuple):
     tuned: Tensors  # hypergradients of tuned variables
 
 
-class Run(NamedTuple):
-    """What happened in a training run, as tensors."""
-
-    batches: Packed
-    seeds: Tensors  # (batches, *shape) each: seed states before each batch
-    rates: tf.Tensor  # (steps,): the scalar learning rate of each step
-    values: Tensors  # of each group, (blocks, *shape): the values trained with
-    tuned: Tensors  # values of the tuned variables
-    iteration: tf.Tensor  # the optimizer's count of updates before the first step (int64)
-    horizon: tf.Tensor  # steps that schedules stretch over (int64)
-
-
-class Given(NamedTuple):
-    """What one training step was made with, beside the state."""
-
-    batch: Any
-    values: Tensors  # of each group, at this step
-    tuned: Tensors
-    seeds: Tensors
-    rate: tf.Tensor  # the scalar learning rate
-    count: tf.Tensor  # the number of the update, from 1 (int64)
-
-
-# (weights, slots, gradients, values, learning_rate, t) -> (weights, slots)
-Update = Callable[..., tuple[Tensors, list[rules.Slots]]]
 Signature = Callable[[], tuple]  # made once for each graph
-# (weights, tuned, seeds, batch) -> objectives.Forward
-TrainLoss = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor], Tensors, Any], Any]
 
 
 @dataclass(eq=False)
@@ -78,21 +40,13 @@ class ReverseLoop:
     """The loop's graphs, traced once for one model, optimizer, curvature and form of batch.
 
     Args:
-        loss: The training loss as a pure function.
-        update: The update of all variables as a pure function.
-        curvature: One of `keras_drmad.curvature`.
-        slots: The number of slots of each variable.
-        block_of: (position, blocks, horizon) -> the block of a schedule at a step.
+        steps: The steps, as pure functions.
         jit_compile: Whether XLA compiles: the whole walk, or each of its steps where the batches
             come in too many shapes.
         plain: What takes over where XLA can't compile; None is to raise.
     """
 
-    loss: TrainLoss
-    update: Update
-    curvature: Curvature
-    slots: Sequence[int]
-    block_of: Callable[[tf.Tensor, int, tf.Tensor], tf.Tensor]
+    steps: Steps
     jit_compile: bool = False
     plain: ReverseLoop | None = None
 
@@ -227,7 +181,7 @@ class ReverseLoop:
                 new, l_bar, h_bar = back(t, row, [*adjoint.weights, *adjoint.slots])
                 n = len(adjoint.weights)
                 collected = [
-                    _add_at(total, self.block_of(t, total.shape[0], run.horizon), part)
+                    _add_at(total, self.steps.block_of(t, total.shape[0], run.horizon), part)
                     for total, part in zip(adjoint.values, l_bar, strict=True)
                 ]
                 tuned = [a + b for a, b in zip(adjoint.tuned, h_bar, strict=True)]
@@ -290,8 +244,8 @@ class ReverseLoop:
             state = state_of(t)
 
             def step(batch):
-                given = self._given(run, t, row, batch)
-                return self._compiled(self._step)(state, given, bars, ceiling)[1]
+                given = self.steps.given(run, t, row, batch)
+                return self._compiled(self.steps.back)(state, given, bars, ceiling)[1]
 
             return batches.apply(run.batches, row, step)
 
@@ -301,7 +255,9 @@ class ReverseLoop:
         """How to make steps again, how to walk back over them, and what is kept in between."""
         state = [tf.TensorSpec(x.shape[1:], x.dtype) for x in path.arrays]
         bars = _fixed([*adjoint.weights, *adjoint.slots])
-        halves = Halves.of(self._step, batches, state, bars, _given_spec(run))
+        halves = Halves.of(
+            self.steps.back, batches, state, bars, lambda leaves: given_spec(run, leaves)
+        )
         if halves is None:
 
             def replay(first, state, last, arrays):
@@ -322,7 +278,7 @@ class ReverseLoop:
                 saved, state = batches.apply(
                     run.batches,
                     row,
-                    lambda batch: halves.early(state, self._given(run, t, row, batch)),
+                    lambda batch: halves.early(state, self.steps.given(run, t, row, batch)),
                 )
                 return t + 1, state, [a.write(at, x) for a, x in zip(arrays, saved, strict=True)]
 
@@ -336,65 +292,12 @@ class ReverseLoop:
                 return batches.apply(
                     run.batches,
                     row,
-                    lambda batch: halves.late(saved, self._given(run, t, row, batch), bars),
+                    lambda batch: halves.late(saved, self.steps.given(run, t, row, batch), bars),
                 )
 
             return back
 
         return replay_early, back_late, _room_for(halves.slots, room)
-
-    def _given(self, run: Run, t: tf.Tensor, row: tf.Tensor, batch: Any) -> Given:
-        """What step t was made with."""
-        values = [
-            tf.gather(array, self.block_of(t, array.shape[0], run.horizon)) for array in run.values
-        ]
-        seeds = [tf.gather(seed, row) for seed in run.seeds]
-        rate, count = tf.gather(run.rates, t), run.iteration + t + 1
-        return Given(batch, values, run.tuned, seeds, rate, count)
-
-    def _compiled(self, function: Callable) -> Callable:
-        if not self.jit_compile:
-            return function
-        return tf.function(function, jit_compile=True, autograph=False)
-
-    def _step(
-        self, state: State, given: Given, bars: Tensors, ceiling: tf.Tensor | None = None
-    ):  # fmt: skip
-        """One step back.
-
-        With a ceiling, the state is a guess, and curvature that no training could have met is cut.
-
-        Returns:
-            The state after the step; and the new cotangents of the state, those of the values and
-            those of tuned variables.
-        """
-        weights, slots = split(state, self.slots)
-        gradient, product = self.curvature(
-            lambda w, h: self.loss(w, h, given.seeds, given.batch), weights, given.tuned
-        )
-        used = [i for i, g in enumerate(gradient) if g is not None]
-        known = [gradient[i] for i in used]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([weights, slots, known, given.values])
-            after = self._updated(weights, slots, gradient, given)
-        sources = [*state, *known, *given.values]
-        found = tape.gradient(after, sources, bars, unconnected_gradients="zero")
-        n, m = len(state), len(state) + len(known)
-        new, g_bar, l_bar = found[:n], found[n:m], found[m:]
-        direction = [tf.zeros_like(w) for w in weights]
-        for i, bar in zip(used, g_bar, strict=True):
-            direction[i] = bar
-        curved, h_bar = product(direction)
-        if ceiling is not None and self.curvature is gauss_newton:
-            curved = bounded(new[: len(weights)], curved, ceiling)
-        new = [new[i] + curved[i] if i < len(weights) else new[i] for i in range(n)]
-        return after, (new, l_bar, h_bar)
-
-    def _updated(self, weights, slots, gradient, given: Given) -> State:
-        weights, slots = self.update(
-            weights, slots, gradient, given.values, given.rate, given.count
-        )
-        return [*weights, *(s for of_one in slots for s in of_one)]
 
     def _states(self, batches, run, first, state, again, steps, room):
         arrays = _room_for(_fixed(state), tf.shape(room)[0] + 1)
@@ -409,7 +312,9 @@ class ReverseLoop:
             row, at = tf.gather(again, t), tf.cast(t - first, tf.int32)
 
             def step(batch):
-                return self._compiled(self._training_step)(state, self._given(run, t, row, batch))
+                return self._compiled(self.steps.forward)(
+                    state, self.steps.given(run, t, row, batch)
+                )
 
             state = batches.apply(run.batches, row, step)
             written = [a.write(at + 1, x) for a, x in zip(arrays, state, strict=True)]
@@ -420,24 +325,10 @@ class ReverseLoop:
             lambda t, *_: t < last, body, (first, state, arrays), parallel_iterations=1
         )[2]
 
-    def _training_step(self, state: State, given: Given) -> State:
-        weights, slots = split(state, self.slots)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(weights)
-            loss = self.loss(weights, given.tuned, given.seeds, given.batch).loss
-        gradients = tape.gradient(loss, weights)
-        gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
-        return self._updated(weights, slots, gradients, given)
-
-
-def split(state: State, slots: Sequence[int]) -> tuple[Tensors, list[rules.Slots]]:
-    """A flat state as the weights and, of each weight, the slots."""
-    weights, rest = list(state[: len(slots)]), list(state[len(slots) :])
-    grouped: list[rules.Slots] = []
-    for count in slots:
-        grouped.append(tuple(rest[:count]))
-        del rest[:count]
-    return weights, grouped
+    def _compiled(self, function: Callable) -> Callable:
+        if not self.jit_compile:
+            return function
+        return tf.function(function, jit_compile=True, autograph=False)
 
 
 def _add_at(total: tf.Tensor, block: tf.Tensor, part: tf.Tensor) -> tf.Tensor:
@@ -467,21 +358,6 @@ def _path_spec(path: Path | Dense | Anchors) -> Path | Dense | Anchors:
     if isinstance(path, Dense):
         return Dense(_fixed(path.first), _long(path.arrays))
     return _long(path)
-
-
-def _given_spec(run: Run) -> Callable[[list[tf.TensorSpec]], Given]:
-    """The spec of what a step is made with, from those of its batch's leaves."""
-
-    def one(array):
-        return tf.TensorSpec(array.shape[1:], array.dtype)
-
-    def given(leaves):
-        return Given(
-            leaves, list(map(one, run.values)), _fixed(run.tuned), list(map(one, run.seeds)),
-            one(run.rates), tf.TensorSpec([], tf.int64),
-        )  # fmt: skip
-
-    return given
 
 
 def _run_spec(run: Run) -> Run:

@@ -49,7 +49,7 @@ def record(name, scale, trajectory, bounded=True):
     callback = kd.DrMADCallback(
         data(1), trajectory=trajectory, horizon=STEPS // 2, max_batches=STEPS
     )
-    free = mock.patch("keras_drmad.reverse.bounded", lambda passed, curved, ceiling: curved)
+    free = mock.patch("keras_drmad.steps.bounded", lambda passed, curved, ceiling: curved)
     unguarded = mock.patch("keras_drmad.estimator.GROWTH_LIMIT", np.inf)
     if bounded:
         model.fit(*data(0), 12, STEPS // 2, shuffle=False, verbose=0, callbacks=[callback])
@@ -93,7 +93,7 @@ def test_a_run_that_does_not_explode_is_left_alone(float64, name):
 
 
 def test_never_on_an_exact_path(float64):
-    refuse = mock.patch("keras_drmad.reverse.bounded", side_effect=AssertionError)
+    refuse = mock.patch("keras_drmad.steps.bounded", side_effect=AssertionError)
     with refuse:
         for trajectory in ("replay", "stored"):
             record("plain", 0.3, trajectory)

@@ -43,11 +43,12 @@ ROOMS = {
     "curvature": "normalization objectives sums | tensorflow",
     "linearize": "| tensorflow",
     "halves": "batches linearize | tensorflow",
-    "reverse": "batches curvature halves rules trajectories | tensorflow",
+    "steps": "batches curvature rules trajectories | tensorflow",
+    "reverse": "batches halves steps trajectories | tensorflow",
     "compilation": "| tensorflow",
     "estimator": (
         "base_optimizer batches compilation curvature normalization objectives optimizers "
-        "recorder reverse trajectories | keras numpy tensorflow"
+        "recorder reverse steps trajectories | keras numpy tensorflow"
     ),
     "fidelity": "estimator objectives trajectories | keras numpy",
     "restart": "objectives | keras tensorflow",
