@@ -35,7 +35,7 @@ from keras_drmad.estimator import GROWTH_LIMIT, Estimator, Hypergradients, Setti
 from keras_drmad.fidelity import Auto, _cost_per_step
 from keras_drmad.hyper_data import batches_of
 from keras_drmad.objectives import OuterLoss
-from keras_drmad.trajectories import Linear, Piecewise, Replay, Trajectory
+from keras_drmad.trajectories import Linear, Piecewise, Replay, Stored, Trajectory
 
 HERE = pathlib.Path(__file__).resolve().parent
 L2 = math.exp(-6.0)
@@ -249,6 +249,45 @@ class Tail(Linear):
         return 2 + steps // 8
 
 
+class Compressed(Stored):
+    """Every state, in few bits: weights as residuals to the straight line, slots as they are.
+
+    What is measured is the rounding; the library would keep the integers. Slots don't lie near a
+    line, and those of Adam span orders of magnitude: they are kept in bfloat16.
+    """
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits = bits
+
+    def path(self):
+        path = super().path()
+        arrays = [self._rounded(x) for x in path.arrays[: self.weights]]
+        arrays += [_bfloat16(x) for x in path.arrays[self.weights :]]
+        return path._replace(arrays=arrays)
+
+    def add(self, t, state, weights=None):
+        super().add(t, state)
+        self.weights, self.tensors = weights, len(state)
+
+    def _rounded(self, x: tf.Tensor) -> tf.Tensor:
+        part = tf.reshape(tf.linspace(0.0, 1.0, len(x)), [-1] + [1] * (x.shape.rank - 1))
+        line = (1.0 - part) * x[:1] + part * x[-1:]
+        if self.bits == 16:
+            return line + _bfloat16(x - line)
+        axes = list(range(1, x.shape.rank))
+        unit = tf.reduce_max(tf.abs(x - line), axes, keepdims=True) / (2 ** (self.bits - 1) - 1)
+        return line + unit * tf.round(tf.math.divide_no_nan(x - line, unit))
+
+    def copies(self, steps: int) -> int:
+        weights = self.weights / self.tensors  # slots are as large
+        return math.ceil((steps + 1) * (weights * self.bits + (1 - weights) * 16) / 32)
+
+
+def _bfloat16(x: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tf.cast(x, tf.bfloat16), x.dtype)
+
+
 class TailLoop:
     """The Hessian in the tail, Gauss-Newton before it."""
 
@@ -270,6 +309,9 @@ def ideas() -> dict[str, Setting]:
         "linear, Hessian if convex": Setting(Linear("steps"), "convex_hessian"),
         "9 anchors, Hessian if convex": Setting(Piecewise(9), "convex_hessian"),
         TAIL: Setting(Tail(), "hessian"),
+        "stored in bfloat16, Hessian": Setting(Compressed(16), "hessian"),
+        "stored in 8 bits, Hessian": Setting(Compressed(8), "hessian"),
+        "stored in 4 bits, Hessian": Setting(Compressed(4), "hessian"),
     }
 
 
@@ -350,13 +392,18 @@ def measure_auto(row, seed: int, folder) -> dict:
     estimator.forget()
     return {
         "row": row_name(row), "seed": seed, "chosen": str(auto.chosen), "why": auto.why,
-        "cost": amount(auto.chosen.window, row[2]) / row[2] * _cost_per_step(auto.chosen),
+        "cost": amount(auto.chosen.window, row[2]) / row[2] * auto._cost(auto.chosen),
         "outer_loss": exact.outer_loss, "problem": exact.problem,
         "cosines": {} if found is None else {k: a.cosine for k, a in found.items()},
     }  # fmt: skip
 
 
-CHOICES = {"dial": dial, "ideas": ideas, "bound": bound}
+def compressed() -> dict[str, Setting]:
+    """The last three of the ideas."""
+    return {name: s for name, s in ideas().items() if isinstance(s.trajectory, Compressed)}
+
+
+CHOICES = {"dial": dial, "ideas": ideas, "bound": bound, "compressed": compressed}
 
 
 def main() -> None:

@@ -111,6 +111,8 @@ def tables(known: dict) -> str:
             cost, size = same[0]["cost"], same[0]["bytes"] / 1e6
             count = sum(map(lost, same))
             remark = f" (stopped in {count} of {seeds})" if count else ""
+            bounded = median(x.get("bounded") or 0.0 for x in same)
+            remark += f" (bounded on {bounded:.1%} of the steps)" if bounded else ""
             cells = [f"{name}{remark}", f"{cost:.2f}", f"{size:.1f}", *cells]
             text.append("| " + " | ".join(cells) + " |")
         for x in known["auto"]:

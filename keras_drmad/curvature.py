@@ -138,16 +138,16 @@ def bounded(passed: Tensors, curved: Tensors, ceiling: tf.Tensor) -> Tensors:
         curved: C g, of each weight.
         ceiling: How far cotangents may grow before they don't grow any more.
     """
-    own, bent, both = _inner(passed, passed), _inner(curved, curved), _inner(passed, curved)
-    risen = own + 2.0 * both + bent > tf.maximum(own, ceiling * ceiling)
+    wide = max((c.dtype for c in curved), key=lambda dtype: dtype.size)
+    pairs = [(tf.cast(a, wide), tf.cast(b, wide)) for a, b in zip(passed, curved, strict=True)]
+    own = tf.add_n([total(a * a) for a, _ in pairs])
+    bent = tf.add_n([total(b * b) for _, b in pairs])
+    both = tf.add_n([total(a * b) for a, b in pairs])
+    top = tf.cast(ceiling, wide) ** 2
+    risen = own + 2.0 * both + bent > tf.maximum(own, top)
     least = tf.clip_by_value(tf.math.divide_no_nan(-both, bent), 0.0, 1.0)
     scale = tf.where(tf.logical_or(bent > 4.0 * own, risen), least, tf.ones_like(least))
     return [tf.cast(scale, c.dtype) * c for c in curved]
-
-
-def _inner(a: Tensors, b: Tensors) -> tf.Tensor:
-    # Weights may be of several dtypes.
-    return tf.add_n([tf.cast(total(x * y), tf.float64) for x, y in zip(a, b, strict=True)])
 
 
 def _cut(tape, forward: Forward) -> tuple[Tensors, Tensors]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+SMALL = 4096  # entries that are not worth the operations
+
 
 def spread(value: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
     """Broadcast a value to its weights' shape; the derivative is summed quickly under XLA.
@@ -30,7 +32,7 @@ def spread(value: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
 
 def total(x: tf.Tensor) -> tf.Tensor:
     """The sum of all entries, quickly under XLA."""
-    if x.shape.rank < 2:
+    if x.shape.rank < 2 or x.shape.num_elements() < SMALL:
         return tf.reduce_sum(x)
     columns = tf.reduce_sum(x, axis=list(range(x.shape.rank - 1)))
     return tf.tensordot(columns, tf.ones_like(columns), 1)
