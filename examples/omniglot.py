@@ -315,8 +315,8 @@ def tables(results: dict) -> str:
         lines.append("| nets | tuned | lowest outer loss | test accuracy | of each seed | "
                      "hyper drawings added | CPU seconds |")  # fmt: skip
         lines.append("|" + " --- |" * 7)
-        for method, seeds in known.items():
-            runs = list(seeds.values())
+        for method in (m for m in METHODS if m in known):
+            runs = list(known[method].values())
             accuracies = [r["test accuracy"] for r in runs]
             lines.append(
                 f"| {method} | {runs[0]['tuned']} | "
@@ -332,9 +332,10 @@ def tables(results: dict) -> str:
 def of_pairs(known: dict, turned: bool) -> list[str]:
     """The strengths that were learned: all, and of pairs turned alike and not alike."""
     rows = []
-    for method, seeds in known.items():
+    for method in (m for m in METHODS if m in known):
         for layer in ("hidden_1", "hidden_2"):
-            found = [r["strength"][layer] for r in seeds.values() if layer in r["strength"]]
+            runs = known[method].values()
+            found = [r["strength"][layer] for r in runs if layer in r["strength"]]
             if not found:
                 continue
             logs = np.log(found)
@@ -349,7 +350,7 @@ def of_pairs(known: dict, turned: bool) -> list[str]:
             agree = ""
             if len(logs) > 1 and logs.shape[1] > 1:
                 of_two = np.corrcoef(logs)[np.triu_indices(len(logs), 1)]
-                agree = f"{of_two.min():.2f} to {of_two.max():.2f}"
+                agree = " to ".join(f"{c:.2f}" for c in sorted({of_two.min(), of_two.max()}))
             rows.append(f"| {' | '.join([method, layer, ends, agree, *medians])} |")
     head = ["nets", "layer", "strengths", "correlation of logs between seeds", "median"]
     head += ["of pairs turned alike", "of other pairs"] if turned else []

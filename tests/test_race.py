@@ -105,3 +105,21 @@ def test_the_hypergradient_of_a_race_agrees_with_differences(newton, per):
         _, parts = one(point[layer], 2, math.inf)
         sums = [parts[np.array(layer) == i].sum() for i in range(5)]
         np.testing.assert_allclose(sums, slope, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_convolutional_net_has_the_same_five(newton):
+    import race_problem
+
+    folder = BENCHMARKS.parent.parent / "shared" / "data" / "tfds"
+    if not (folder / "cifar10").is_dir():
+        pytest.skip("no prepared TFDS folder of cifar10 beside the project")
+    problem = race_problem.Problem("cifar10", 100, "layer", str(folder))
+    optimizer = problem.model.optimizer
+    assert [race_problem.key_of(group) for group in optimizer.groups] == list(race_problem.START)
+    problem.set({**race_problem.START, "l2/hidden": 0.02, "1 - momentum": 0.3})
+    found = dict(zip(race_problem.START, optimizer.values(), strict=True))
+    assert float(found["l2/hidden"][0]) == pytest.approx(0.02)
+    assert float(found["1 - momentum"][0]) == pytest.approx(0.7)
+    assert len(problem.validation[0]) == 1000
+    assert abs(problem.validation[0]).max() <= 0.5
