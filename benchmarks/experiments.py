@@ -29,14 +29,23 @@ sys.path.insert(0, str(ROOT / "examples"))
 # name -> options of examples/mnist.py
 L2 = {
     "scale, steps of 0.07: linear, Gauss-Newton": "--tune scales",
-    "scale, steps of 0.07: linear, Hessian, T/10 steps (as published)": (
-        "--tune scales --curvature hessian --reverse-steps 0.1"
+    "scale, steps of 0.07: linear at an even pace, Gauss-Newton": "--tune scales --pace steps",
+    "scale, steps of 0.07: linear at an even pace, Hessian, T/10 steps (as published)": (
+        "--tune scales --curvature hessian --reverse-steps 0.1 --pace steps"
     ),
     "scale, steps of 0.07: replay, Hessian (exact)": "--tune scales --trajectory replay",
     "scale, steps of 0.07, images redrawn: linear, Gauss-Newton": "--tune scales --redraw",
+    "scale, steps of 0.07, images redrawn: linear at an even pace, Gauss-Newton": (
+        "--tune scales --redraw --pace steps"
+    ),
     "scale, Adam 0.15: linear, Gauss-Newton": "--tune scales --outer adam:0.15",
+    "scale, Adam 0.15: linear at an even pace, Gauss-Newton": (
+        "--tune scales --outer adam:0.15 --pace steps"
+    ),
     "L2, steps of 0.14: linear, Gauss-Newton": "--outer sign:0.14",
+    "L2, steps of 0.14: linear at an even pace, Gauss-Newton": "--outer sign:0.14 --pace steps",
     "L2, Adam 0.3: linear, Gauss-Newton": "--outer adam:0.3",
+    "L2, Adam 0.3: linear at an even pace, Gauss-Newton": "--outer adam:0.3 --pace steps",
     "no tuning, scales of exp(0.2)": "--tune scales --updates 0 --log-scale 0.2",
     "no tuning, L2 lower by a factor of exp(8)": "--updates 0 --log-penalty -12",
 }
@@ -44,6 +53,9 @@ L2 = {
 SCHEDULES = {
     "per layer and step, replay (exact)": "",
     "per layer and step, linear": "--trajectory linear --verify-every 10",
+    "per layer and step, linear at an even pace": (
+        "--trajectory linear --verify-every 10 --pace steps"
+    ),
     "one for the run, replay": "--per model --over run",
     "per layer and step, auto": "--trajectory auto",
 }
