@@ -175,17 +175,23 @@ def tables(results: dict) -> str:
     )
 
 
-def error_figure(results: dict) -> Figure:
+def error_figure(results: dict, settings: dict) -> Figure:
     """The test error after each update, the mean of the seeds, one line for each setting."""
-    figure = Figure(figsize=(5.4, 3.8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for setting, found in results.items():
-        runs = [r["test_error"] for r in found["seeds"].values()]
+    colours: dict[str, str] = {}
+    for setting in settings:
+        runs = [r["test_error"] for r in results.get(setting, {"seeds": {}})["seeds"].values()]
         if runs and len(runs[0]) > 1:
-            axes.plot(100 * np.mean(runs, 0), "o-", markersize=3, label=setting)
+            plain = setting.replace(" at an even pace", "")  # the two of a pair have one colour
+            style = "o-" if plain == setting else "o:"
+            colour = colours.setdefault(plain, f"C{len(colours)}")
+            mean = 100 * np.mean(runs, 0)
+            axes.plot(mean, style, color=colour, markersize=3, label=setting)
     axes.set(xlabel="updates", ylabel="test error (%)", ylim=(0, None))
+    axes.locator_params("x", integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", loc="lower left")
+    figure.legend(fontsize="x-small", loc="outside right upper")
     return figure
 
 
@@ -199,9 +205,9 @@ def figures(results: dict, folder: Path) -> None:
     of_steps = results["schedules"]["per layer and step, replay (exact)"]["seeds"]["0"]
     for name, figure in (
         ("l2", mnist.image_of(np.array(pixels))),
-        ("l2_test_error", error_figure(results["l2"])),
+        ("l2_test_error", error_figure(results["l2"], L2)),
         ("schedules", mnist_schedules.schedules(of_steps["schedules"])),
-        ("schedules_test_error", error_figure(results["schedules"])),
+        ("schedules_test_error", error_figure(results["schedules"], SCHEDULES)),
     ):
         figure.savefig(folder / f"mnist_{name}.png")
         print(folder / f"mnist_{name}.png")
