@@ -29,14 +29,23 @@ sys.path.insert(0, str(ROOT / "examples"))
 # name -> options of examples/mnist.py
 L2 = {
     "scale, steps of 0.07: linear, Gauss-Newton": "--tune scales",
-    "scale, steps of 0.07: linear, Hessian, T/10 steps (as published)": (
-        "--tune scales --curvature hessian --reverse-steps 0.1"
+    "scale, steps of 0.07: linear at an even pace, Gauss-Newton": "--tune scales --pace steps",
+    "scale, steps of 0.07: linear at an even pace, Hessian, T/10 steps (as published)": (
+        "--tune scales --curvature hessian --reverse-steps 0.1 --pace steps"
     ),
     "scale, steps of 0.07: replay, Hessian (exact)": "--tune scales --trajectory replay",
     "scale, steps of 0.07, images redrawn: linear, Gauss-Newton": "--tune scales --redraw",
+    "scale, steps of 0.07, images redrawn: linear at an even pace, Gauss-Newton": (
+        "--tune scales --redraw --pace steps"
+    ),
     "scale, Adam 0.15: linear, Gauss-Newton": "--tune scales --outer adam:0.15",
+    "scale, Adam 0.15: linear at an even pace, Gauss-Newton": (
+        "--tune scales --outer adam:0.15 --pace steps"
+    ),
     "L2, steps of 0.14: linear, Gauss-Newton": "--outer sign:0.14",
+    "L2, steps of 0.14: linear at an even pace, Gauss-Newton": "--outer sign:0.14 --pace steps",
     "L2, Adam 0.3: linear, Gauss-Newton": "--outer adam:0.3",
+    "L2, Adam 0.3: linear at an even pace, Gauss-Newton": "--outer adam:0.3 --pace steps",
     "no tuning, scales of exp(0.2)": "--tune scales --updates 0 --log-scale 0.2",
     "no tuning, L2 lower by a factor of exp(8)": "--updates 0 --log-penalty -12",
 }
@@ -44,6 +53,9 @@ L2 = {
 SCHEDULES = {
     "per layer and step, replay (exact)": "",
     "per layer and step, linear": "--trajectory linear --verify-every 10",
+    "per layer and step, linear at an even pace": (
+        "--trajectory linear --verify-every 10 --pace steps"
+    ),
     "one for the run, replay": "--per model --over run",
     "per layer and step, auto": "--trajectory auto",
 }
@@ -163,17 +175,23 @@ def tables(results: dict) -> str:
     )
 
 
-def error_figure(results: dict) -> Figure:
+def error_figure(results: dict, settings: dict) -> Figure:
     """The test error after each update, the mean of the seeds, one line for each setting."""
-    figure = Figure(figsize=(5.4, 3.8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for setting, found in results.items():
-        runs = [r["test_error"] for r in found["seeds"].values()]
+    colours: dict[str, str] = {}
+    for setting in settings:
+        runs = [r["test_error"] for r in results.get(setting, {"seeds": {}})["seeds"].values()]
         if runs and len(runs[0]) > 1:
-            axes.plot(100 * np.mean(runs, 0), "o-", markersize=3, label=setting)
+            plain = setting.replace(" at an even pace", "")  # the two of a pair have one colour
+            style = "o-" if plain == setting else "o:"
+            colour = colours.setdefault(plain, f"C{len(colours)}")
+            mean = 100 * np.mean(runs, 0)
+            axes.plot(mean, style, color=colour, markersize=3, label=setting)
     axes.set(xlabel="updates", ylabel="test error (%)", ylim=(0, None))
+    axes.locator_params("x", integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", loc="lower left")
+    figure.legend(fontsize="x-small", loc="outside right upper")
     return figure
 
 
@@ -187,9 +205,9 @@ def figures(results: dict, folder: Path) -> None:
     of_steps = results["schedules"]["per layer and step, replay (exact)"]["seeds"]["0"]
     for name, figure in (
         ("l2", mnist.image_of(np.array(pixels))),
-        ("l2_test_error", error_figure(results["l2"])),
+        ("l2_test_error", error_figure(results["l2"], L2)),
         ("schedules", mnist_schedules.schedules(of_steps["schedules"])),
-        ("schedules_test_error", error_figure(results["schedules"])),
+        ("schedules_test_error", error_figure(results["schedules"], SCHEDULES)),
     ):
         figure.savefig(folder / f"mnist_{name}.png")
         print(folder / f"mnist_{name}.png")

@@ -169,6 +169,11 @@ def outer_optimizer(text: str) -> keras.optimizers.Optimizer:
     return {"sign": kd.optimizers.Sign, "adam": keras.optimizers.Adam}[name](float(step))
 
 
+def trajectory(arguments: argparse.Namespace) -> str | kd.trajectories.Trajectory:
+    linear = arguments.trajectory == "linear"
+    return kd.trajectories.Linear(arguments.pace) if linear else arguments.trajectory
+
+
 def run(arguments: argparse.Namespace, data: list[tuple]) -> tuple[kd.DrMADCallback, Watch]:
     """Tune once; one horizon more than updates, since that trains with the result of the last."""
     train, hyper, test = data
@@ -181,7 +186,7 @@ def run(arguments: argparse.Namespace, data: list[tuple]) -> tuple[kd.DrMADCallb
         outer_optimizer=outer_optimizer(arguments.outer),
         horizon=epochs,
         restart="fresh",
-        trajectory=arguments.trajectory,
+        trajectory=trajectory(arguments),
         curvature=arguments.curvature,
         reverse_steps=arguments.reverse_steps,
         variables=scales,
@@ -230,6 +235,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--momentum", type=float, default=0.95, help="dampened")
     parser.add_argument("--outer", default="sign:0.07", help="sign:STEP or adam:STEP")
     parser.add_argument("--trajectory", default="linear")
+    parser.add_argument(
+        "--pace",
+        default="distance",
+        choices=("distance", "steps"),
+        help="of the straight line: as fast as the run went, or even, as published",
+    )
     parser.add_argument("--curvature", default=None)
     parser.add_argument("--reverse-steps", type=float, default=None, help="part of them visited")
     parser.add_argument(

@@ -87,6 +87,11 @@ class Watch(keras.callbacks.Callback):
         print(line, flush=True)
 
 
+def trajectory(arguments: argparse.Namespace) -> str | kd.trajectories.Trajectory:
+    linear = arguments.trajectory == "linear"
+    return kd.trajectories.Linear(arguments.pace) if linear else arguments.trajectory
+
+
 def run(arguments: argparse.Namespace, data: list[tuple]) -> tuple[kd.DrMADCallback, Watch]:
     """Tune once; one horizon more than updates, since that trains with the result of the last."""
     train, hyper, test = data
@@ -96,7 +101,7 @@ def run(arguments: argparse.Namespace, data: list[tuple]) -> tuple[kd.DrMADCallb
         outer_optimizer=keras.optimizers.Adam(arguments.outer_step),
         horizon=arguments.epochs,
         restart="fresh",
-        trajectory=arguments.trajectory,
+        trajectory=trajectory(arguments),
         verify_every=arguments.verify_every,
         jit_compile=arguments.jit,
     )
@@ -159,6 +164,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--momentum", type=float, default=0.5, help="likewise; dampened")
     parser.add_argument("--outer-step", type=float, default=0.1, help="of the outer Adam")
     parser.add_argument("--trajectory", default="replay")
+    parser.add_argument(
+        "--pace",
+        default="distance",
+        choices=("distance", "steps"),
+        help="of the straight line: as fast as the run went, or even, as published",
+    )
     parser.add_argument("--verify-every", type=int, default=None, help="updates")
     parser.add_argument(
         "--jit", action=argparse.BooleanOptionalAction, default=True, help="compile by XLA"
