@@ -205,7 +205,6 @@ WALKS = {  # at the second update
     "outer loss": (OuterLoss, "__call__", 2, KeyboardInterrupt),
     "reverse loop": (ReverseLoop, "walk", 2, RuntimeError),
     "reverse loop, by the user": (ReverseLoop, "walk", 2, KeyboardInterrupt),
-    "replaying": (ReverseLoop, "replay", 2, KeyboardInterrupt),
     "packing": (batches, "pack", 2, MemoryError),
     "outer step": (outer, "update", 2, RuntimeError),
 }

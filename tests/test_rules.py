@@ -357,7 +357,8 @@ def by_raw(fitted: Fitted, i: int, block: int) -> tuple[float, float]:
 @pytest.mark.parametrize("name, curvature", [("adam", "gauss_newton"), ("rmsprop", "hessian")])
 def test_linear_agrees_with_the_recursion_on_the_same_line(float64, name, curvature):
     row = TABLE[name]
-    fitted = fit(row, trajectory="linear", curvature=curvature, max_batches=oracle.STEPS)
+    even = kd.trajectories.Linear("steps")
+    fitted = fit(row, trajectory=even, curvature=curvature, max_batches=oracle.STEPS)
     record = fitted.callback.history[-1]
     assert record.accepted and curvature in record.setting
     expected = walk_the_line(row, record.hyperparameters, getattr(oracle, curvature))
