@@ -148,6 +148,7 @@ class Linear(Trajectory):
     name = "linear"
     exact = False
     KNOTS = 64  # at so many steps the distance is measured; twice that where their number is open
+    SPARE = 16  # or at one in so many, where there are few: it takes a third of a small net's step
 
     def __init__(self, pace: str = "distance"):
         if pace not in ("distance", "steps"):
@@ -161,7 +162,8 @@ class Linear(Trajectory):
         self._knots: list[int] = []
         self._distances: list[tf.Tensor] = []
         length = 0 if steps is None else steps - first
-        self._chosen = {first + round(length * (j / self.KNOTS) ** 2) for j in range(self.KNOTS)}
+        knots = min(self.KNOTS, max(8, length // self.SPARE))
+        self._chosen = {first + round(length * (j / knots) ** 2) for j in range(knots)}
 
     def wants(self, t: int) -> bool:
         if self.pace == "steps" or t <= self.first:
