@@ -1,6 +1,7 @@
 """What everything costs, in training steps: reverse steps, recording, compiling, memory, scaling.
 
     python benchmarks/speed.py --part steps       # reverse steps and updates of three nets
+    python benchmarks/speed.py --part recording   # what it adds to an epoch of fit
     python benchmarks/speed.py --part scaling     # against T, weights, hyperparameters
     python benchmarks/speed.py --part memory      # peak memory against T, in processes of their own
     python benchmarks/speed.py --tables           # of what was measured
@@ -240,6 +241,21 @@ def steps(name: str, count: int, rounds: int) -> dict:
     }
 
 
+def recording(name: str, count: int, rounds: int) -> dict:
+    """What recording for a straight line adds to an epoch of `fit`, pair by pair."""
+    case = Case(name, count)
+    added = []
+    for _ in range(2 * rounds + 1):
+        alone = case.fit()
+        setting = Setting(trajectories.get("linear"), "gauss_newton", max_batches=50)
+        case.estimator.begin(count, [setting])
+        added.append(case.fit(Armed(case.estimator)) / alone - 1.0)
+        case.estimator.finish(case.outer)
+        case.estimator.forget()
+    added = sorted(added[1:])  # the first is traced
+    return {"median": statistics.median(added), "lowest": added[0], "highest": added[-1]}
+
+
 def _seconds(function) -> float:
     started = time.process_time()
     function()
@@ -340,6 +356,9 @@ def tables() -> None:
         for key in ("train, plain", "train, XLA", "fit", "fit, recorded", "pack"):
             print(f"{key}: {cost[key]:.2f}")
         print(f"recording overhead: {row['recording_overhead']:+.1%}")
+    for name, row in results.get("recording", {}).items():
+        print(f"\n{name}: recording adds {row['median']:+.1%} to an epoch "
+              f"({row['lowest']:+.0%} to {row['highest']:+.0%})")  # fmt: skip
     for axis, rows in results.get("scaling", {}).items():
         print(f"\n| {axis} | linear, gauss_newton | replay, hessian |\n| --- | --- | --- |")
         for count in sorted(rows, key=int):
@@ -389,7 +408,9 @@ def figure(path: pathlib.Path) -> None:
 def main() -> None:
     tf.config.threading.set_intra_op_parallelism_threads(1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("steps", "scaling", "memory"), action="append")
+    parser.add_argument(
+        "--part", choices=("steps", "recording", "scaling", "memory"), action="append"
+    )
     parser.add_argument("--nets", nargs="+", default=["mlp", "conv", "tokens"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tables", action="store_true")
@@ -406,8 +427,11 @@ def main() -> None:
         else:
             for name in arguments.nets:
                 count = {"mlp": 400, "conv": 60, "tokens": 100}[name]
-                found = steps(name, count, arguments.rounds) if part == "steps" else memory(name)
-                merge(part, {name: found})
+                if part == "memory":
+                    merge(part, {name: memory(name)})
+                else:
+                    measure = steps if part == "steps" else recording
+                    merge(part, {name: measure(name, count, arguments.rounds)})
     if arguments.part or arguments.tables:
         tables()
     if arguments.figure:
