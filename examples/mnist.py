@@ -170,8 +170,11 @@ def outer_optimizer(text: str) -> keras.optimizers.Optimizer:
 
 
 def trajectory(arguments: argparse.Namespace) -> str | kd.trajectories.Trajectory:
-    linear = arguments.trajectory == "linear"
-    return kd.trajectories.Linear(arguments.pace) if linear else arguments.trajectory
+    if arguments.trajectory == "linear":
+        return kd.trajectories.Linear(arguments.pace or "distance")
+    if arguments.pace:
+        raise SystemExit("--pace is that of --trajectory linear.")
+    return arguments.trajectory
 
 
 def run(arguments: argparse.Namespace, data: list[tuple]) -> tuple[kd.DrMADCallback, Watch]:
@@ -237,9 +240,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--trajectory", default="linear")
     parser.add_argument(
         "--pace",
-        default="distance",
+        default=None,
         choices=("distance", "steps"),
-        help="of the straight line: as fast as the run went, or even, as published",
+        help="of the straight line: as fast as the run went (default), or even, as published",
     )
     parser.add_argument("--curvature", default=None)
     parser.add_argument("--reverse-steps", type=float, default=None, help="part of them visited")

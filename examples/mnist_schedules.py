@@ -88,8 +88,11 @@ class Watch(keras.callbacks.Callback):
 
 
 def trajectory(arguments: argparse.Namespace) -> str | kd.trajectories.Trajectory:
-    linear = arguments.trajectory == "linear"
-    return kd.trajectories.Linear(arguments.pace) if linear else arguments.trajectory
+    if arguments.trajectory == "linear":
+        return kd.trajectories.Linear(arguments.pace or "distance")
+    if arguments.pace:
+        raise SystemExit("--pace is that of --trajectory linear.")
+    return arguments.trajectory
 
 
 def run(arguments: argparse.Namespace, data: list[tuple]) -> tuple[kd.DrMADCallback, Watch]:
@@ -166,9 +169,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--trajectory", default="replay")
     parser.add_argument(
         "--pace",
-        default="distance",
+        default=None,
         choices=("distance", "steps"),
-        help="of the straight line: as fast as the run went, or even, as published",
+        help="of the straight line: as fast as the run went (default), or even, as published",
     )
     parser.add_argument("--verify-every", type=int, default=None, help="updates")
     parser.add_argument(
