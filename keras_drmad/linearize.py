@@ -69,25 +69,22 @@ def linearize(function: Callable, first: Any, given: Any, last: Any) -> Lineariz
     inputs = list(graph.inputs)
     starts, givens = inputs[: counts[0]], inputs[counts[0] : counts[0] + counts[1]]
     lasts = inputs[sum(counts[:2]) : sum(counts)]
-    cut = _Cut(graph, starts, lasts, outputs[len(tf.nest.flatten(now)) :])
-    saved = cut.saved
+    split = len(tf.nest.flatten(now))
+    at_once, at_last = outputs[:split], outputs[split:]
+    saved = _Cut(graph, starts, lasts, at_last).saved
     if not all(_keepable(t) for t in saved):
         return None
-    captures = list(graph.captures)
-
     # What the function reads of the model (moving statistics, say) is read where it is used.
-    outside = {inner.name: outer for outer, inner in captures}
+    outside = {inner.name: outer for outer, inner in graph.captures}
 
     def early(first: Any, given: Any) -> tuple[Tensors, Any]:
         known = outside | _named(starts, first) | _named(givens, given)
-        wanted = [*saved, *outputs[: len(tf.nest.flatten(now))]]
-        found = _evaluate(graph, known, wanted)
+        found = _evaluate(graph, known, [*saved, *at_once])
         return found[: len(saved)], tf.nest.pack_sequence_as(now, found[len(saved) :])
 
     def late(kept: Tensors, given: Any, last: Any) -> Any:
         known = outside | _named(givens, given) | _named(lasts, last) | _named(saved, kept)
-        found = _evaluate(graph, known, outputs[len(tf.nest.flatten(now)) :])
-        return tf.nest.pack_sequence_as(later, found)
+        return tf.nest.pack_sequence_as(later, _evaluate(graph, known, at_last))
 
     return Linearized([tf.TensorSpec(t.shape, t.dtype) for t in saved], early, late)
 
@@ -121,11 +118,11 @@ class _Cut:
 
 def _reached(graph, tensors: Tensors) -> set:
     """The operations on which some tensors have an influence."""
-    names = {t.op for t in tensors}
+    reached = {t.op for t in tensors}
     for op in graph.get_operations():  # in the order of their making: inputs come first
-        if any(t.op in names for t in op.inputs):
-            names.add(op)
-    return names
+        if any(t.op in reached for t in op.inputs):
+            reached.add(op)
+    return reached
 
 
 def _needed(outputs: Tensors, among: set) -> list:

@@ -111,27 +111,32 @@ def test_auto_measures_again_after_some_updates(monkeypatch):
     assert measured[:4] == [True, False, False, True]
 
 
-@pytest.mark.parametrize("window", [62, 250])
-def test_measuring_adds_at_most_half_to_what_was_chosen(monkeypatch, window):
-    auto, steps, cost = fidelity.Auto(), 500, 3.0
-    measured = []
+class Walks:
+    """Stands in for an estimator of a run of 500 steps."""
+
+    steps, halved = 500, False
+
+    def walk(self, setting, marks=()):
+        return Hypergradients(1.0, [], [], None, setting.window or self.steps, 0.0)
+
+
+def _auto_that_chooses(monkeypatch, window, cost):
+    """An `Auto` that always finds this window of the exact walk good enough."""
+    auto = fidelity.Auto()
 
     def choose(estimator, exact, marks):
         auto.chosen = Setting(auto._exact.trajectory, "hessian", window)
-        auto._note_costs(cost * window, cost * steps)
+        auto._note_costs(cost * window, cost * Walks.steps)
         return {}
 
-    class Walks:
-        steps, halved = 500, False
-
-        def walk(self, setting, marks=()):
-            walked = setting.window or steps
-            return Hypergradients(1.0, [], [], None, walked, 0.0)
-
-        def nbytes(self, setting):
-            return 0
-
     monkeypatch.setattr(auto, "_choose", choose)
+    return auto
+
+
+@pytest.mark.parametrize("window", [62, 250])
+def test_measuring_adds_at_most_half_to_what_was_chosen(monkeypatch, window):
+    steps, cost, measured = Walks.steps, 3.0, []
+    auto = _auto_that_chooses(monkeypatch, window, cost)
     for update in range(1, 101):
         assert len(auto.settings()) == (4 if auto._due() else 1)
         # A fresh object goes on from what was kept.
@@ -155,20 +160,8 @@ def test_measuring_adds_at_most_half_to_what_was_chosen(monkeypatch, window):
 @pytest.mark.parametrize("window", [62, 125, 250])
 @pytest.mark.parametrize("every", [2, 7, 12])
 def test_measuring_adds_at_most_half_however_often_the_run_moves(monkeypatch, window, every):
-    auto, steps, cost, walked, measured = fidelity.Auto(), 500, 3.0, [], 0
-
-    def choose(estimator, exact, marks):
-        auto.chosen = Setting(auto._exact.trajectory, "hessian", window)
-        auto._note_costs(cost * window, cost * steps)
-        return {}
-
-    class Walks:
-        steps, halved = 500, False
-
-        def walk(self, setting, marks=()):
-            return Hypergradients(1.0, [], [], None, setting.window or steps, 0.0)
-
-    monkeypatch.setattr(auto, "_choose", choose)
+    steps, cost, walked, measured = Walks.steps, 3.0, [], 0
+    auto = _auto_that_chooses(monkeypatch, window, cost)
     for update in range(1, 61):
         loss = 10.0 ** (update // every)
         used, found = auto.chosen, auto.hypergradients(Walks(), loss, 0.1)[1]
