@@ -403,7 +403,8 @@ def compressed() -> dict[str, Setting]:
     return {name: s for name, s in ideas().items() if isinstance(s.trajectory, Compressed)}
 
 
-CHOICES = {"dial": dial, "ideas": ideas, "bound": bound, "compressed": compressed}
+# "auto" is measured with the dial as well.
+CHOICES = {"dial": dial, "ideas": ideas, "bound": bound, "compressed": compressed, "auto": dict}
 
 
 def main() -> None:
@@ -414,7 +415,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--settings", choices=CHOICES, default="dial",
                         help="ideas: those that the library has not; bound: straight lines with "
-                        "Gauss-Newton alone")  # fmt: skip
+                        "Gauss-Newton alone; auto: only what it chooses")  # fmt: skip
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--out", default=str(HERE.parent / "docs/results/fidelity.json"))
     parser.add_argument("--tables", action="store_true", help="only print what was measured")
@@ -437,13 +438,16 @@ def main() -> None:
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             started = time.perf_counter()
             tried = CHOICES[arguments.settings]()
-            lines += measure(row, seed, arguments.data_dir, tried)
-            if arguments.settings == "dial":
+            if tried:
+                lines += measure(row, seed, arguments.data_dir, tried)
+            if arguments.settings in ("dial", "auto"):
                 chosen.append(measure_auto(row, seed, arguments.data_dir))
             merge(path, lines, chosen)
             keras.backend.clear_session()
             print(f"seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
-        print(tables({"settings": lines, "auto": chosen}), flush=True)
+        known = load(path)
+        print(tables({k: [x for x in v if x["row"] == row_name(row)] for k, v in known.items()}),
+              flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
