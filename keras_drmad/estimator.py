@@ -33,6 +33,9 @@ Amount = int | float | None  # a number of steps, a fraction of them, or all
 # On a reconstructed path an adjoint that has grown this much over where it started is no estimate
 # any more: the path leads over points of negative curvature on which training never was.
 GROWTH_LIMIT = 100.0
+# A stretch that is replayed must end where training was, to this part of the way that it went.
+# Rounding makes 1e-6 to 0.02 in float32, and up to 0.08 in bfloat16 (docs/decisions.md).
+MISS_LIMIT = 0.2
 
 
 @dataclass(frozen=True)
@@ -255,12 +258,12 @@ class Estimator:
         visits = _visits(first, self.steps, amount(setting.reverse_steps, self.steps - first))
         steps, rows = tf.constant(visits), tf.constant(self._rows(setting, visits))
         path = setting.trajectory.path()
-        joints, room = _stretches(path, visits, self.steps)
+        joints, room = _stretches(path, visits)
         again = self._every_row() if isinstance(path, Anchors) else None
         notes = {int(np.sum(visits >= self.steps - mark)): self.steps - mark for mark in marks}
         self.progress(0, len(visits))
         for begin, end in self._portions(len(visits), sorted(notes), joints):
-            adjoint, walked, norm = loop.walk(
+            adjoint, walked, norm, missed = loop.walk(
                 self._batches, self._run, path, steps, rows, begin, end, adjoint, limit, again, room
             )
             if walked < end - begin or not norm <= limit or not math.isfinite(norm):
@@ -276,6 +279,8 @@ class Estimator:
                 lost = int(visits[begin + walked - 1])
                 what = "is not a number" if math.isnan(norm) else "exploded"
                 return result(lost, f"the adjoint {what} {self.steps - lost} steps before the end")
+            if missed > MISS_LIMIT:
+                return result(self.steps, _other_run(missed))
             self.progress(end, len(visits))
             if end in notes and notes[end] > first:
                 noted.append(result(notes[end]))
@@ -363,11 +368,25 @@ class Estimator:
         return rows[_nearest(self._kept[rows], visits)]
 
 
+def _other_run(missed: float) -> str:
+    return (
+        f"the replayed training missed where training went by {missed:.0%} of the way, so it is "
+        "another run that would be differentiated. Something but the optimizer moves the weights "
+        "between steps (a callback that sets them), or a layer draws random numbers from no "
+        "keras.random.SeedGenerator. trajectory='linear' replays nothing"
+    )
+
+
 def _compilation(model: keras.Model, asked: bool | str) -> Compilation:
-    """XLA draws other random numbers from a seed than plain graphs: a walk goes as `fit` went."""
+    """XLA draws other random numbers from a seed than plain graphs: a walk goes as `fit` went.
+
+    So it goes in half precision, where XLA rounds so much less that a replay ends elsewhere.
+    """
+    like_fit = bool(model.jit_compile and not model.run_eagerly)
     if not seed_variables(model):
-        return Compilation(asked)
-    if model.jit_compile and not model.run_eagerly:
+        half = any(layer.compute_dtype == "bfloat16" for layer in model._flatten_layers())
+        return Compilation(like_fit if half and asked == "auto" else asked)
+    if like_fit:
         if asked is False:
             raise ValueError(
                 "`jit_compile=False` of the reverse pass would draw other dropout masks (or noise) "
@@ -397,9 +416,7 @@ def _visits(first: int, stop: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(first, stop - 1, count).round().astype(np.int64))[::-1].copy()
 
 
-def _stretches(
-    path: Path | Dense | Anchors, visits: np.ndarray, stop: int
-) -> tuple[np.ndarray, int]:
+def _stretches(path: Path | Dense | Anchors, visits: np.ndarray) -> tuple[np.ndarray, int]:
     """After how many visits a stretch between anchors has been walked, and the longest stretch.
 
     A walk that pauses within a stretch would have to replay it again. Where nothing is replayed it
@@ -408,7 +425,7 @@ def _stretches(
     if not isinstance(path, Anchors):
         return np.arange(1, len(visits)), 0
     times = path.times.numpy()
-    return np.sum(visits[:, None] >= times, axis=0)[::-1], int(np.max(np.diff([*times, stop])))
+    return np.sum(visits[:, None] >= times, axis=0)[::-1], int(np.max(np.diff(times)))
 
 
 def _nearest(kept: np.ndarray, steps: np.ndarray) -> np.ndarray:

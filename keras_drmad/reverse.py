@@ -17,6 +17,7 @@ import tensorflow as tf
 from keras_drmad.batches import Batches
 from keras_drmad.halves import Halves
 from keras_drmad.steps import Run, Steps, Tensors, given_spec
+from keras_drmad.sums import total
 from keras_drmad.trajectories import Anchors, Dense, Path, State, state_at
 
 CEILING = 0.02  # of the limit, above which Gauss-Newton on a reconstructed path adds no more
@@ -30,6 +31,16 @@ class Adjoint(NamedTuple):
     slots: Tensors  # and of the slots, flat
     values: Tensors  # hypergradients of the rule's values, (blocks, *shape) each
     tuned: Tensors  # hypergradients of tuned variables
+
+
+class Walked(NamedTuple):
+    """Where a walk came."""
+
+    adjoint: Adjoint  # before the visited steps
+    steps: int  # that were walked
+    norm: float  # of the weights' cotangents
+    # How far, as a part of the way, replayed stretches ended from where training had been.
+    missed: float
 
 
 Signature = Callable[[], tuple]  # made once for each graph
@@ -74,7 +85,7 @@ class ReverseLoop:
         limit: float = math.inf,
         again: tf.Tensor | None = None,
         room: int = 0,
-    ) -> tuple[Adjoint, int, float]:
+    ) -> Walked:
         """Walk back over the visited steps from the one at `begin` to that before `end`.
 
         Args:
@@ -91,7 +102,7 @@ class ReverseLoop:
             room: With `Anchors`, how many steps lie between two of them at most.
 
         Returns:
-            The adjoint before the visited steps, the number of steps walked, and the last norm.
+            Where it came.
         """
         again = tf.zeros([0], tf.int64) if again is None else again
 
@@ -101,12 +112,12 @@ class ReverseLoop:
                 _COUNT, _COUNT, _fixed(adjoint), tf.TensorSpec([], tf.float64), _ROOM,
             )  # fmt: skip
 
-        adjoint, at, norm = self._call(
+        adjoint, at, norm, missed = self._call(
             batches, f"walk {type(path).__name__}", signature, run, path, again, visits, rows,
             tf.constant(begin), tf.constant(end), adjoint, tf.constant(limit, tf.float64),
             tf.zeros([room], tf.bool),
         )  # fmt: skip
-        return adjoint, int(at) - begin, float(norm)
+        return Walked(adjoint, int(at) - begin, float(norm), float(missed))
 
     def recompute(
         self, batches: Batches, run: Run, first: int, state: State, again: tf.Tensor, steps: int
@@ -181,8 +192,8 @@ class ReverseLoop:
                 new, l_bar, h_bar = back(t, row, [*adjoint.weights, *adjoint.slots])
                 n = len(adjoint.weights)
                 collected = [
-                    _add_at(total, self.steps.block_of(t, total.shape[0], run.horizon), part)
-                    for total, part in zip(adjoint.values, l_bar, strict=True)
+                    _add_at(so_far, self.steps.block_of(t, so_far.shape[0], run.horizon), part)
+                    for so_far, part in zip(adjoint.values, l_bar, strict=True)
                 ]
                 tuned = [a + b for a, b in zip(adjoint.tuned, h_bar, strict=True)]
                 return i + 1, Adjoint(new[:n], new[n:], collected, tuned)
@@ -217,25 +228,30 @@ class ReverseLoop:
             ceiling = CEILING * limit if isinstance(path, Path) else None
             back = self._back_along(batches, run, lambda t: state_at(path, t), ceiling)
             i, norm, adjoint = walk_down(tf.constant(0, tf.int64), back, *start)
-            return adjoint, i, norm
+            return adjoint, i, norm, tf.constant(0.0, tf.float64)
         replay, back, arrays = self._replaying(
             batches, run, path, again, adjoint, tf.shape(room)[0]
         )
 
-        def segment(i, norm, adjoint, arrays):
+        def segment(i, norm, adjoint, missed, arrays):
             last = tf.gather(visits, i)
             at = tf.searchsorted(path.times, last[None], side="right")[0] - 1
             first = tf.gather(path.times, at)
-            arrays = replay(first, [tf.gather(x, at) for x in path.arrays], last, arrays)
-            return *walk_down(first, back(first, arrays), i, norm, adjoint), arrays
+            state, there = ([tf.gather(x, k) for x in path.arrays] for k in (at, at + 1))
+            after, arrays = replay(first, state, last, arrays)
+            weights = len(adjoint.weights)
+            far = _missed(state[:weights], after[:weights], there[:weights])
+            whole = last + 1 == tf.gather(path.times, at + 1)
+            missed = tf.where(whole, tf.maximum(missed, far), missed)
+            return *walk_down(first, back(first, arrays), i, norm, adjoint), missed, arrays
 
-        i, norm, adjoint, _ = tf.while_loop(
+        i, norm, adjoint, missed, _ = tf.while_loop(
             lambda i, norm, *_: goes_on(i, norm),
             segment,
-            (*start, arrays),
+            (*start, tf.constant(0.0, tf.float64), arrays),
             parallel_iterations=1,
         )
-        return adjoint, i, norm
+        return adjoint, i, norm, missed
 
     def _back_along(self, batches, run, state_of, ceiling=None):
         """One step back, from the state at it."""
@@ -261,7 +277,7 @@ class ReverseLoop:
         if halves is None:
 
             def replay(first, state, last, arrays):
-                return self._forward(batches, run, first, state, again, last, arrays)
+                return self._forward(batches, run, first, state, again, last + 1, arrays)
 
             def back(first, arrays):
                 def state_of(t):
@@ -269,7 +285,7 @@ class ReverseLoop:
 
                 return self._back_along(batches, run, state_of)
 
-            return replay, back, _room_for(state, room)
+            return replay, back, _room_for(state, room + 1)
         self._halves.append(halves)
 
         def replay_early(first, state, last, arrays):
@@ -284,7 +300,7 @@ class ReverseLoop:
 
             return tf.while_loop(
                 lambda t, *_: t <= last, body, (first, state, arrays), parallel_iterations=1
-            )[2]
+            )[1:]
 
         def back_late(first, arrays):
             def back(t, row, bars):
@@ -302,11 +318,11 @@ class ReverseLoop:
     def _states(self, batches, run, first, state, again, steps, room):
         arrays = _room_for(_fixed(state), tf.shape(room)[0] + 1)
         last = first + tf.cast(steps, tf.int64)
-        arrays = self._forward(batches, run, first, state, again, last, arrays)
+        _, arrays = self._forward(batches, run, first, state, again, last, arrays)
         return [array.stack() for array in arrays]
 
     def _forward(self, batches, run, first, state, again, last, arrays):
-        """Write the states at the steps from the first to the last."""
+        """Make the steps from the first to that before `last`, and write down all states."""
 
         def body(t, state, arrays):
             row, at = tf.gather(again, t), tf.cast(t - first, tf.int32)
@@ -323,7 +339,7 @@ class ReverseLoop:
         arrays = [a.write(0, x) for a, x in zip(arrays, state, strict=True)]
         return tf.while_loop(
             lambda t, *_: t < last, body, (first, state, arrays), parallel_iterations=1
-        )[2]
+        )[1:]
 
     def _compiled(self, function: Callable) -> Callable:
         if not self.jit_compile:
@@ -331,10 +347,22 @@ class ReverseLoop:
         return tf.function(function, jit_compile=True, autograph=False)
 
 
-def _add_at(total: tf.Tensor, block: tf.Tensor, part: tf.Tensor) -> tf.Tensor:
-    if total.shape[0] == 1:
-        return total + part[None]
-    return tf.tensor_scatter_nd_add(total, block[None, None], part[None])
+def _add_at(so_far: tf.Tensor, block: tf.Tensor, part: tf.Tensor) -> tf.Tensor:
+    if so_far.shape[0] == 1:
+        return so_far + part[None]
+    return tf.tensor_scatter_nd_add(so_far, block[None, None], part[None])
+
+
+def _missed(start: Tensors, found: Tensors, true: Tensors) -> tf.Tensor:
+    """How far from the true weights those found are, as a part of the way from the start."""
+
+    def norm(tensors: Tensors) -> tf.Tensor:
+        return tf.sqrt(tf.add_n([tf.cast(total(x * x), tf.float64) for x in tensors]))
+
+    far = norm([a - b for a, b in zip(found, true, strict=True)])
+    way = norm([a - b for a, b in zip(true, start, strict=True)])
+    # Of weights that hardly move, the way is not much longer than what rounding moves them.
+    return tf.math.divide_no_nan(far, tf.maximum(way, 1e-4 * norm(start)))
 
 
 _COUNT = tf.TensorSpec([], tf.int32)

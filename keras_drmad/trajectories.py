@@ -34,7 +34,10 @@ class Dense(NamedTuple):
 
 
 class Anchors(NamedTuple):
-    """States at increasing steps, from which the reverse loop recomputes those after them."""
+    """States at increasing steps, from which the reverse loop recomputes those after them.
+
+    The last is the state after the last step: only what is recomputed is compared with it.
+    """
 
     times: tf.Tensor  # (anchors,) int64
     arrays: list[tf.Tensor]  # of each tensor of the state, (anchors, *shape)
@@ -343,8 +346,6 @@ class Replay(Piecewise):
         return anchors + math.ceil(steps / (anchors - 1))
 
     def path(self) -> Anchors:
-        self.times.pop()
-        self.states.pop()  # the state after the last step: nothing is recomputed from it
         return Anchors(*self._take())
 
 
