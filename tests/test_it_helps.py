@@ -5,6 +5,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import keras_drmad as kd
@@ -42,14 +43,14 @@ def test_it_helps_a_rate_that_is_too_low(digits, seed):
     assert_twenty_updates_help(digits, too_low_a_rate, 0.15, 10, 0.1, "auto", seed)
 
 
-@pytest.mark.parametrize("seed", range(2))  # all of range(5) pass, in half a minute each
+@pytest.mark.parametrize("seed", range(5))
 def test_it_helps_where_no_penalty_is(digits, seed):
     # First weights so large that the net memorises unless it is penalised.
     assert_twenty_updates_help(digits, no_penalty, 0.6, 40, 1.0, "linear", seed)
 
 
 def assert_twenty_updates_help(
-    digits, optimizer, first_weights, epochs, outer_step, trajectory, seed
+    digits, optimizer, first_weights, passes, outer_step, trajectory, seed
 ):
     x, y = digits
     keras.utils.set_random_seed(seed)
@@ -68,14 +69,17 @@ def assert_twenty_updates_help(
     callback = kd.DrMADCallback(
         (x[HYPER], y[HYPER]),
         outer_optimizer=keras.optimizers.Adam(outer_step),
-        horizon=epochs,
         restart=True,
         trajectory=trajectory,
     )
 
+    # All passes through the data are one epoch: Keras takes longer to begin an epoch than for ten
+    # steps of this net.
+    batches = tf.data.Dataset.from_tensor_slices((x[TRAIN], y[TRAIN])).shuffle(300, seed=seed)
+    batches = batches.batch(50).repeat(passes)
+
     def train_and_test(horizons):
-        many = epochs * horizons
-        model.fit(x[TRAIN], y[TRAIN], 50, many, verbose=0, callbacks=[callback])
+        model.fit(batches, epochs=horizons, verbose=0, callbacks=[callback])
         return 1.0 - model.evaluate(x[TEST], y[TEST], 1000, verbose=0)[1]
 
     # The first horizon is trained with what it starts from, the last with twenty updates.
