@@ -81,7 +81,8 @@ class DrMADCallback(keras.callbacks.Callback):
             have batches of their own. Defaults to `None`: 1024.
         jit_compile: Whether XLA compiles the reverse pass. `"auto"` tries it once reverse passes
             have taken some 10 seconds, and stays with what is faster; where a layer draws random
-            numbers, such as dropout, it goes as `fit` goes. Defaults to `"auto"`.
+            numbers, such as dropout, or computes in bfloat16, it goes as `fit` goes. Defaults to
+            `"auto"`.
         log_dir: The folder on which TensorBoard is started; what is written goes to its subfolder
             `drmad`. Or a `kd.tensorboard.Writer`. Defaults to `None`: nothing is written.
 
