@@ -38,7 +38,11 @@ RESULTS = pathlib.Path(__file__).resolve().parent.parent / "docs/results/speed.j
 TRAJECTORIES = ("linear", "piecewise", "stored", "replay")
 CURVATURES = ("gauss_newton", "hessian", "finite_difference")
 # A whole update by a straight line: packing, the outer loss, the walk.
-UPDATES = {"update, linear": None, "update, linear, reverse_steps=0.2": 0.2}
+UPDATES = {
+    "update, linear": None,
+    "update, linear, reverse_steps=0.5": 0.5,
+    "update, linear, reverse_steps=0.2": 0.2,
+}
 # Where penalties alone are tuned, nothing needs the gradient of a step that is not recomputed.
 PENALTIES = [("linear", "gauss_newton"), ("linear", "hessian"), ("replay", "hessian")]
 
