@@ -300,6 +300,7 @@ class DrMADCallback(keras.callbacks.Callback):
         data_of.check_against(spec, hyper_spec, model)
         if doubt := data_of.other_kind(spec, hyper_spec):
             self._run.warn_once(doubt)
+        self._outer_loss.check()
         sample_weights.check_use(model, hyper_spec)
         if not self.history:
             data_of.check_labels(self.hyper_data, model, self.outer_loss or model.loss)

@@ -129,6 +129,23 @@ class OuterLoss:
         n = len(self.weights)
         return mean[0], mean[1 : n + 1], mean[n + 1 :]
 
+    def check(self) -> None:
+        """Refuse, before anything is trained, a loss that is not for the model, where it shows.
+
+        Raises:
+            ValueError: for a loss of one output and a model of several.
+        """
+        outputs = getattr(self.model, "outputs", None) or ()  # a subclassed model has no list
+        if self.loss is not None and len(outputs) > 1:
+            self._check_one(outputs)
+
+    def _check_one(self, outputs: Any) -> None:
+        if keras.tree.is_nested(outputs):
+            raise ValueError(
+                "`outer_loss` is for models of one output. Leave it out: the outer loss is then "
+                "the compiled loss, or what the model's `compute_loss` returns."
+            )
+
     def _batch_gradient(
         self, values: list[tf.Tensor], data: Any
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
@@ -149,11 +166,7 @@ class OuterLoss:
 
     def _loss_of(self, x, y, predicted, sample_weight):
         if self.loss is not None:
-            if keras.tree.is_nested(predicted):
-                raise ValueError(
-                    "`outer_loss` is for models of one output. Leave it out: the outer loss is "
-                    "then the compiled loss, or what the model's `compute_loss` returns."
-                )
+            self._check_one(predicted)
             return self.loss(y, predicted, sample_weight)
         compiled = getattr(self.model, "_compile_loss", None)
         if compiled is not None and type(self.model).compute_loss is keras.Model.compute_loss:

@@ -433,6 +433,20 @@ def test_labels_of_hyper_data_that_are_no_class(name):
         fit((HYPER_X, np.where(HYPER_Y == 0, 4, HYPER_Y)))
 
 
+def test_an_outer_loss_of_one_output_for_two():
+    """Refused before anything is trained."""
+    fits.start()
+    x = keras.Input((5,))
+    model = keras.Model(x, [layers.Dense(3)(x), layers.Dense(1)(x)])
+    model.compile(fits.optimizer(), [LOSS, "mse"], jit_compile=False)
+    hyper = HYPER_X, (HYPER_Y, HYPER_X[:, :1])
+    tuned, before = callback(hyper, outer_loss="mse"), model.get_weights()
+    train = slices(X, (Y, X[:, :1])).batch(BATCH)
+    said = message_of(ValueError, lambda: model.fit(train, verbose=0, callbacks=[tuned]))
+    assert_says(said, "`outer_loss` is for models of one output", "Leave it out")
+    fits.assert_near(model.get_weights(), before, 0)
+
+
 def test_what_the_model_can_not_take():
     """A fault that only TensorFlow sees is told in a sentence that names the hyper data."""
     fits.start()
