@@ -27,8 +27,9 @@ class Compilation:
 
     With `"auto"` walks are plain graphs until these have taken as long as a compilation may. Then
     the next two walks of that kind are compiled, the first to compile and the second to measure,
-    and all later ones go the faster way. The clock decides, so two runs may differ in their last
-    digits; with `tf.config.experimental.enable_op_determinism` walks stay plain.
+    and all later ones go the faster way. A walk that turns out `hopeless` is ended plainly. The
+    clock decides, so two runs may differ in their last digits; with
+    `tf.config.experimental.enable_op_determinism` walks stay plain.
 
     Args:
         asked: True, False or `"auto"`.
@@ -68,6 +69,18 @@ class Compilation:
             pace.compiled = min(pace.compiled, seconds / steps)
         else:
             pace.tried = True
+
+    def hopeless(self, kind: str, seconds: float, steps: int) -> bool:
+        """Whether a part of a compiled walk was so slow that the rest is better walked plainly.
+
+        XLA has no fast form of some second derivatives of convolutions on a CPU, and takes tens of
+        times as long for them. It is not tried again.
+        """
+        pace = self._pace(kind)
+        if self.asked != "auto" or seconds / steps <= 2.0 * pace.plain:
+            return False
+        pace.tried, pace.compiled = True, seconds / steps
+        return True
 
     def _pace(self, kind: str) -> _Pace:
         return self._paces.setdefault(kind, _Pace())

@@ -263,6 +263,7 @@ class Estimator:
         notes = {int(np.sum(visits >= self.steps - mark)): self.steps - mark for mark in marks}
         self.progress(0, len(visits))
         for begin, end in self._portions(len(visits), sorted(notes), joints):
+            begun = time.perf_counter()
             adjoint, walked, norm, missed = loop.walk(
                 self._batches, self._run, path, steps, rows, begin, end, adjoint, limit, again, room
             )
@@ -281,6 +282,10 @@ class Estimator:
                 return result(lost, f"the adjoint {what} {self.steps - lost} steps before the end")
             if missed > MISS_LIMIT:
                 return result(self.steps, _other_run(missed))
+            # The first part may have been compiled in that time.
+            took = time.perf_counter() - begun
+            if compiled and begin and self._compilation.hopeless(str(setting), took, walked):
+                compiled, loop = False, self._loop(setting.curvature, False)
             self.progress(end, len(visits))
             if end in notes and notes[end] > first:
                 noted.append(result(notes[end]))

@@ -21,7 +21,9 @@ from keras_drmad.sums import total
 from keras_drmad.trajectories import Anchors, Dense, Path, State, state_at
 
 CEILING = 0.02  # of the limit, above which Gauss-Newton on a reconstructed path adds no more
-CHECK_EVERY = 8  # visited steps from one look at the adjoint's norm to the next
+# Visited steps from one look at the adjoint's norm to the next. On an exact path nothing but
+# numbers that are not finite ends a walk, and these stay so.
+CHECK_EVERY, CHECK_EXACT_EVERY = 8, 64
 
 
 class Adjoint(NamedTuple):
@@ -184,6 +186,8 @@ class ReverseLoop:
     def _walk(
         self, batches, run, path, again, visits, rows, begin, end, adjoint, limit, room
     ):  # fmt: skip
+        every = CHECK_EVERY if isinstance(path, Path) else CHECK_EXACT_EVERY
+
         def walk_down(stop, back, i, norm, adjoint):
             """Walk while the visited steps are not before `stop`."""
 
@@ -200,14 +204,14 @@ class ReverseLoop:
 
             def some(i, norm, adjoint):
                 # A norm takes as long as a tenth of a small net's step: not at each of them.
-                pause = tf.minimum(end, i + CHECK_EVERY)
+                pause = tf.minimum(end, i + every)
                 i, adjoint = tf.while_loop(
                     lambda i, _: tf.logical_and(i < pause, at_least(i, stop)),
                     body,
                     (i, adjoint),
                     parallel_iterations=1,
                 )
-                return i, tf.cast(tf.linalg.global_norm(adjoint.weights), tf.float64), adjoint
+                return i, _norm(adjoint.weights), adjoint
 
             return tf.while_loop(
                 lambda i, norm, _: tf.logical_and(goes_on(i, norm), at_least(i, stop)),
@@ -353,16 +357,16 @@ def _add_at(so_far: tf.Tensor, block: tf.Tensor, part: tf.Tensor) -> tf.Tensor:
     return tf.tensor_scatter_nd_add(so_far, block[None, None], part[None])
 
 
+def _norm(tensors: Tensors) -> tf.Tensor:
+    return tf.sqrt(tf.add_n([tf.cast(total(x * x), tf.float64) for x in tensors]))
+
+
 def _missed(start: Tensors, found: Tensors, true: Tensors) -> tf.Tensor:
     """How far from the true weights those found are, as a part of the way from the start."""
-
-    def norm(tensors: Tensors) -> tf.Tensor:
-        return tf.sqrt(tf.add_n([tf.cast(total(x * x), tf.float64) for x in tensors]))
-
-    far = norm([a - b for a, b in zip(found, true, strict=True)])
-    way = norm([a - b for a, b in zip(true, start, strict=True)])
+    far = _norm([a - b for a, b in zip(found, true, strict=True)])
+    way = _norm([a - b for a, b in zip(true, start, strict=True)])
     # Of weights that hardly move, the way is not much longer than what rounding moves them.
-    return tf.math.divide_no_nan(far, tf.maximum(way, 1e-4 * norm(start)))
+    return tf.math.divide_no_nan(far, tf.maximum(way, 1e-4 * _norm(start)))
 
 
 _COUNT = tf.TensorSpec([], tf.int32)

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 import keras_drmad as kd
 from keras_drmad.compilation import Compilation
+from keras_drmad.estimator import Estimator
+from keras_drmad.reverse import ReverseLoop
 
 BATCH = 4
 EXAMPLES = 14  # a smaller last batch in each epoch
@@ -118,6 +120,33 @@ def test_the_faster_way_is_taken():
         assert not choice.use("replay")
     assert Compilation(True).use("linear") and not Compilation(False).use("linear")
     assert not Compilation("auto", possible=False).use("linear")
+
+
+def test_a_hopeless_walk_is_not_tried_again():
+    choice = Compilation("auto")
+    choice.note("linear", False, 20.0, 1000)
+    assert choice.use("linear")
+    assert not choice.hopeless("linear", 0.3, 10)  # no slower than that: it is measured
+    assert choice.use("linear") and not choice.settled("linear")
+    assert choice.hopeless("linear", 2.0, 10)
+    assert choice.settled("linear") and not choice.use("linear")
+    assert not Compilation(True).hopeless("linear", 1e6, 1)
+
+
+@pytest.mark.parametrize("trajectory", ["linear", "replay"])
+def test_a_hopeless_walk_ends_plainly(monkeypatch, float64, trajectory):
+    monkeypatch.setattr(Compilation, "WORTH", 0.0)
+    monkeypatch.setattr(Compilation, "hopeless", lambda *args: True)
+    monkeypatch.setattr(Estimator, "_portions", lambda *args: iter([(0, 2), (2, 3), (3, 4)]))
+    used = []
+    walk = ReverseLoop.walk
+    monkeypatch.setattr(
+        ReverseLoop, "walk", lambda loop, *args: used.append(loop.jit_compile) or walk(loop, *args)
+    )
+    ended = fit(trajectory=trajectory)
+    assert used[:3] == [True, True, False]
+    monkeypatch.undo()
+    fits.assert_same_updates(ended, fit(trajectory=trajectory, jit_compile=False), 1e-10)
 
 
 def test_under_determinism_the_clock_decides_nothing(determinism):

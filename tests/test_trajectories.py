@@ -51,8 +51,8 @@ def test_the_path_covers_the_run_and_is_exact_at_its_anchors(trajectory, steps, 
     path = trajectory.path()
     assert trajectory.times == trajectory.states == []  # nothing is held twice
     if isinstance(path, kd.trajectories.Anchors):
-        assert path.times.numpy().tolist() == anchors[:-1]
-        got = {t: [x[i] for x in path.arrays] for i, t in enumerate(anchors[:-1])}
+        assert path.times.numpy().tolist() == anchors
+        got = {t: [x[i] for x in path.arrays] for i, t in enumerate(anchors)}
     else:
         dense = isinstance(path, kd.trajectories.Dense)
         got = {t: state_at(path, tf.constant(t, tf.int64)) for t in range(steps + (not dense))}
