@@ -45,6 +45,8 @@ UPDATES = {
 }
 # Where penalties alone are tuned, nothing needs the gradient of a step that is not recomputed.
 PENALTIES = [("linear", "gauss_newton"), ("linear", "hessian"), ("replay", "hessian")]
+# Compiled by XLA or not. On a CPU convolutions take XLA tens of times as long: said, not measured.
+WAYS = {"mlp": (False, True), "tokens": (False, True), "conv": (False,)}
 
 
 # Nets and data -----------------------------------------------------------------------------------
@@ -193,9 +195,10 @@ def way(compiled: bool) -> str:
 
 def steps(name: str, count: int, rounds: int) -> dict:
     """Reverse steps by every setting, compile times, recording, whole updates."""
+    ways = WAYS[name]
     case, penalties = Case(name, count), Case(name, count, rate=False)
     pairs = [
-        (t, c, on) for t in TRAJECTORIES for c in CURVATURES for on in (False, True)
+        (t, c, on) for t in TRAJECTORIES for c in CURVATURES for on in ways
         if c != "finite_difference" or t == "linear"
     ]  # fmt: skip
     took: dict[str, list[float]] = {}
@@ -214,13 +217,13 @@ def steps(name: str, count: int, rounds: int) -> dict:
             if pair[0] == "linear" and pair[1] == "gauss_newton":
                 note(f"train, {way(pair[2])}", case.train(pair[2]))
         for pair, setting in settings_of(
-            [(*pair, on) for pair in PENALTIES for on in (False, True)]
+            [(*pair, on) for pair in PENALTIES for on in ways]
         ).items():
             penalties.record([setting])
             key = f"{pair[0]}, {pair[1]}, penalties alone, {way(pair[2])}"
             note(key, penalties.walk(setting, pair[2]))
         # Adjacent, so that what else the machine does falls on both.
-        for on in (False, True):
+        for on in ways:
             for key, visited in UPDATES.items():
                 path = trajectories.get("linear")
                 setting = Setting(path, "gauss_newton", reverse_steps=visited, max_batches=50)
@@ -231,7 +234,7 @@ def steps(name: str, count: int, rounds: int) -> dict:
                 note("pack, 50 batches", packing)
                 note(f"{key}, {way(on)}", packing + case.walk(setting, on))
     median = {key: statistics.median(seconds) for key, seconds in took.items()}
-    unit = min(median["train, plain"], median["train, XLA"])
+    unit = min(median[f"train, {way(on)}"] for on in ways)
     pairs_of_fits = zip(took["fit, recorded"], took["fit"], strict=True)
     return {
         "steps": count,
@@ -242,7 +245,21 @@ def steps(name: str, count: int, rounds: int) -> dict:
         "spread": {key: (min(s) / unit, max(s) / unit) for key, s in took.items()},
         "recording_overhead": statistics.median(a / b for a, b in pairs_of_fits) - 1.0,
         "first_seconds": {k: first[k] - median[k] for k in first if k.endswith(("plain", "XLA"))},
+        "slower_by_xla": slower_by_xla(name) if True not in ways else None,
     }
+
+
+def slower_by_xla(name: str) -> dict[str, float]:
+    """How many times longer XLA takes, over a few steps."""
+    case, found = Case(name, 8), {}
+    for curvature in ("gauss_newton", "hessian"):
+        seconds = {}
+        for on in (False, False, True, True):  # the second time without tracing
+            setting = Setting(trajectories.get("linear"), curvature)
+            case.record([setting])
+            seconds[on] = case.walk(setting, on)
+        found[f"linear, {curvature}"] = seconds[True] / seconds[False]
+    return found
 
 
 def recording(name: str, count: int, rounds: int) -> dict:
@@ -350,15 +367,18 @@ def tables() -> None:
             if not key.endswith(", plain") or key.startswith(("train", "update")):
                 continue
             kind = key.removesuffix(", plain")
-            compiling = [row["first_seconds"][f"{kind}, {on}"] for on in ("plain", "XLA")]
-            plain, compiled = compiling
-            print(f"| {kind.replace(', ', ' | ', 1)} | {cost[key]:.2f} "
-                  f"| {cost[kind + ', XLA']:.2f} | {plain:.1f}, {compiled:.1f} |")  # fmt: skip
+            names = [f"{kind}, {way(on)}" for on in WAYS[name]]
+            costs = [f"{cost[k]:.2f}" for k in names] + ["not measured"] * (2 - len(names))
+            compiling = ", ".join(f"{row['first_seconds'][k]:.1f}" for k in names)
+            print(f"| {kind.replace(', ', ' | ', 1)} | {' | '.join(costs)} | {compiling} |")
         for key in UPDATES:
-            best = min(cost[f"{key}, {way(on)}"] for on in (False, True))
+            best = min(cost[f"{key}, {way(on)}"] for on in WAYS[name])
             print(f"{key}: {best / cost['fit']:.0%} of the epoch that it follows")
         for key in ("train, plain", "train, XLA", "fit", "fit, recorded", "pack"):
-            print(f"{key}: {cost[key]:.2f}")
+            if key in cost:
+                print(f"{key}: {cost[key]:.2f}")
+        for key, ratio in (row.get("slower_by_xla") or {}).items():
+            print(f"{key}: XLA takes {ratio:.0f} times as long")
         print(f"recording overhead: {row['recording_overhead']:+.1%}")
     for name, row in results.get("recording", {}).items():
         print(f"\n{name}: recording adds {row['median']:+.1%} to an epoch "
@@ -391,7 +411,7 @@ def figure(path: pathlib.Path) -> None:
     nets = list(results["steps"])
     for i, name in enumerate(nets):
         cost = results["steps"][name]["in_training_steps"]
-        best = [min(cost[f"{kind}, plain"], cost[f"{kind}, XLA"]) for kind in kinds]
+        best = [min(cost[f"{kind}, {way(on)}"] for on in WAYS[name]) for kind in kinds]
         places = [k + (i - (len(nets) - 1) / 2) * 0.27 for k in range(len(kinds))]
         bars.barh(places, best, 0.26, label=name)
     bars.set_yticks(range(len(kinds)), [kind.replace("_", "-") for kind in kinds])
