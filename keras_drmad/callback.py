@@ -305,6 +305,7 @@ class DrMADCallback(keras.callbacks.Callback):
         if not self.history:
             data_of.check_labels(self.hyper_data, model, self.outer_loss or model.loss)
         checks.check_trainable(model)
+        checks.check_functions(model)
         for curvature in self._method.curvatures:
             checks.check_curvature(model, curvature)
         if not model.optimizer.built:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from keras_drmad.normalization import uncorrected_layers
 from keras_drmad.optimizers import Optimizer
@@ -97,6 +99,29 @@ def check_model_and_optimizer(
             "Training on several replicas (tf.distribute) is not supported. Received: a strategy "
             f"of {replicas} replicas. Make and compile the model outside of its scope."
         )
+
+
+def check_functions(model: keras.Model) -> None:
+    """Refuse a model whose methods are TensorFlow functions.
+
+    Such a function holds on to the variables that it was traced with, whatever values it is to be
+    evaluated at, so that nothing would seem to depend on them.
+
+    Args:
+        model: A built model.
+
+    Raises:
+        ValueError: naming the layer and its method.
+    """
+    for layer in model._flatten_layers():
+        for name in ("call", "compute_loss"):
+            method = inspect.getattr_static(layer, name, None)
+            if isinstance(method, tf.types.experimental.PolymorphicFunction):
+                raise ValueError(
+                    f"`{name}` of {layer.name!r} is decorated with tf.function, which can't be "
+                    "evaluated at other weights than those of its first trace. Leave the decorator "
+                    "out: `fit` compiles the whole training step anyway."
+                )
 
 
 def check_horizon(optimizer: Optimizer, steps: int | None) -> None:

@@ -102,7 +102,8 @@ class Estimator:
         jit_compile: bool | str = "auto",
     ):
         self.model, self.tuned = model, list(tuned)
-        self._compilation = _compilation(model, jit_compile)
+        self._asked = jit_compile
+        self._compilation = Compilation(_compiled(model, jit_compile))
         self.recorder = Recorder(model)
         # Called with the number of steps visited so far and of all, now and then in a walk.
         self.progress: Callable[[int, int], None] = lambda done, total: None
@@ -147,6 +148,11 @@ class Estimator:
 
         def first(spec: Any) -> None:
             before(spec)
+            # Only now are all layers built, and those known that draw random numbers.
+            compiled = _compiled(self.model, self._asked)
+            if compiled != self._compilation.asked:
+                self._compilation = Compilation(compiled)
+                self._loops.clear()
             self._iteration = tf.identity(self.model.optimizer.iterations.value)
 
         self.recorder.arm(first)
@@ -382,15 +388,16 @@ def _other_run(missed: float) -> str:
     )
 
 
-def _compilation(model: keras.Model, asked: bool | str) -> Compilation:
-    """XLA draws other random numbers from a seed than plain graphs: a walk goes as `fit` went.
+def _compiled(model: keras.Model, asked: bool | str) -> bool | str:
+    """Whether XLA compiles walks.
 
-    So it goes in half precision, where XLA rounds so much less that a replay ends elsewhere.
+    It draws other random numbers from a seed than plain graphs, and in half precision it rounds so
+    much less that a replay ends elsewhere: there a walk goes as `fit` went.
     """
     like_fit = bool(model.jit_compile and not model.run_eagerly)
     if not seed_variables(model):
         half = any(layer.compute_dtype == "bfloat16" for layer in model._flatten_layers())
-        return Compilation(like_fit if half and asked == "auto" else asked)
+        return like_fit if half and asked == "auto" else asked
     if like_fit:
         if asked is False:
             raise ValueError(
@@ -398,14 +405,14 @@ def _compilation(model: keras.Model, asked: bool | str) -> Compilation:
                 "than the training, which is compiled by XLA. Compile the model with "
                 "jit_compile=False as well, or leave the reverse pass to jit_compile='auto'."
             )
-        return Compilation(True)
+        return True
     if asked is True:
         raise ValueError(
             "`jit_compile=True` of the reverse pass would draw other dropout masks (or noise) than "
             "the training, which is not compiled by XLA. Compile the model with jit_compile=True "
             "as well, or leave the reverse pass to jit_compile='auto'."
         )
-    return Compilation(False)
+    return False
 
 
 def amount(asked: Amount, total: int) -> int:

@@ -169,7 +169,8 @@ class OuterLoss:
             self._check_one(predicted)
             return self.loss(y, predicted, sample_weight)
         compiled = getattr(self.model, "_compile_loss", None)
-        if compiled is not None and type(self.model).compute_loss is keras.Model.compute_loss:
+        method = getattr(self.model.compute_loss, "__func__", None)
+        if compiled is not None and method is keras.Model.compute_loss:
             return compiled(y, predicted, sample_weight)
         # A model that computes its loss itself: there is no way to leave its penalties out.
         return _compute_loss(self.model, x, y, predicted, sample_weight, training=False)

@@ -188,35 +188,36 @@ class ReverseLoop:
     ):  # fmt: skip
         every = CHECK_EVERY if isinstance(path, Path) else CHECK_EXACT_EVERY
 
-        def walk_down(stop, back, i, norm, adjoint):
+        def walk_down(stop, back, i, norm, missed, adjoint):
             """Walk while the visited steps are not before `stop`."""
 
-            def body(i, adjoint):
+            def body(i, missed, adjoint):
                 t, row = tf.gather(visits, i), tf.gather(rows, i)
-                new, l_bar, h_bar = back(t, row, [*adjoint.weights, *adjoint.slots])
+                (new, l_bar, h_bar), far = back(t, row, [*adjoint.weights, *adjoint.slots])
                 n = len(adjoint.weights)
                 collected = [
                     _add_at(so_far, self.steps.block_of(t, so_far.shape[0], run.horizon), part)
                     for so_far, part in zip(adjoint.values, l_bar, strict=True)
                 ]
                 tuned = [a + b for a, b in zip(adjoint.tuned, h_bar, strict=True)]
-                return i + 1, Adjoint(new[:n], new[n:], collected, tuned)
+                missed = tf.maximum(missed, far)
+                return i + 1, missed, Adjoint(new[:n], new[n:], collected, tuned)
 
-            def some(i, norm, adjoint):
+            def some(i, norm, missed, adjoint):
                 # A norm takes as long as a tenth of a small net's step: not at each of them.
                 pause = tf.minimum(end, i + every)
-                i, adjoint = tf.while_loop(
-                    lambda i, _: tf.logical_and(i < pause, at_least(i, stop)),
+                i, missed, adjoint = tf.while_loop(
+                    lambda i, *_: tf.logical_and(i < pause, at_least(i, stop)),
                     body,
-                    (i, adjoint),
+                    (i, missed, adjoint),
                     parallel_iterations=1,
                 )
-                return i, _norm(adjoint.weights), adjoint
+                return i, _norm(adjoint.weights), missed, adjoint
 
             return tf.while_loop(
-                lambda i, norm, _: tf.logical_and(goes_on(i, norm), at_least(i, stop)),
+                lambda i, norm, *_: tf.logical_and(goes_on(i, norm), at_least(i, stop)),
                 some,
-                (i, norm, adjoint),
+                (i, norm, missed, adjoint),
                 parallel_iterations=1,
             )
 
@@ -226,46 +227,53 @@ class ReverseLoop:
         def goes_on(i, norm):
             return tf.logical_and(i < end, tf.logical_and(norm <= limit, tf.math.is_finite(norm)))
 
-        start = begin, tf.constant(0.0, tf.float64), adjoint
+        start = begin, tf.constant(0.0, tf.float64), tf.constant(0.0, tf.float64), adjoint
         if not isinstance(path, Anchors):
             # Stable runs hardly ever grow at all (docs/fidelity.md).
             ceiling = CEILING * limit if isinstance(path, Path) else None
-            back = self._back_along(batches, run, lambda t: state_at(path, t), ceiling)
-            i, norm, adjoint = walk_down(tf.constant(0, tf.int64), back, *start)
-            return adjoint, i, norm, tf.constant(0.0, tf.float64)
+            checked = isinstance(path, Dense)
+            back = self._back_along(batches, run, lambda t: state_at(path, t), ceiling, checked)
+            i, norm, missed, adjoint = walk_down(tf.constant(0, tf.int64), back, *start)
+            return adjoint, i, norm, missed
         replay, back, arrays = self._replaying(
             batches, run, path, again, adjoint, tf.shape(room)[0]
         )
 
-        def segment(i, norm, adjoint, missed, arrays):
+        def segment(i, norm, missed, adjoint, arrays):
             last = tf.gather(visits, i)
             at = tf.searchsorted(path.times, last[None], side="right")[0] - 1
             first = tf.gather(path.times, at)
             state, there = ([tf.gather(x, k) for x in path.arrays] for k in (at, at + 1))
-            after, arrays = replay(first, state, last, arrays)
+            after, arrays = replay(first, state, tf.gather(path.times, at + 1), arrays)
             weights = len(adjoint.weights)
             far = _missed(state[:weights], after[:weights], there[:weights])
-            whole = last + 1 == tf.gather(path.times, at + 1)
-            missed = tf.where(whole, tf.maximum(missed, far), missed)
-            return *walk_down(first, back(first, arrays), i, norm, adjoint), missed, arrays
+            missed = tf.maximum(missed, far)
+            return *walk_down(first, back(first, arrays), i, norm, missed, adjoint), arrays
 
-        i, norm, adjoint, missed, _ = tf.while_loop(
+        i, norm, missed, adjoint, _ = tf.while_loop(
             lambda i, norm, *_: goes_on(i, norm),
             segment,
-            (*start, tf.constant(0.0, tf.float64), arrays),
+            (*start, arrays),
             parallel_iterations=1,
         )
         return adjoint, i, norm, missed
 
-    def _back_along(self, batches, run, state_of, ceiling=None):
-        """One step back, from the state at it."""
+    def _back_along(self, batches, run, state_of, ceiling=None, checked=False):
+        """One step back from the state at it; and how far it ends from the next, if `checked`."""
 
         def back(t, row, bars):
             state = state_of(t)
+            weights, there = len(self.steps.slots), state_of(t + 1) if checked else []
 
             def step(batch):
                 given = self.steps.given(run, t, row, batch)
-                return self._compiled(self.steps.back)(state, given, bars, ceiling)[1]
+                after, found = self._compiled(self.steps.back)(state, given, bars, ceiling)
+                far = (
+                    _missed(*(x[:weights] for x in (state, after, there)))
+                    if checked
+                    else tf.constant(0.0, tf.float64)
+                )
+                return found, far
 
             return batches.apply(run.batches, row, step)
 
@@ -280,8 +288,8 @@ class ReverseLoop:
         )
         if halves is None:
 
-            def replay(first, state, last, arrays):
-                return self._forward(batches, run, first, state, again, last + 1, arrays)
+            def replay(first, state, end, arrays):
+                return self._forward(batches, run, first, state, again, end, arrays)
 
             def back(first, arrays):
                 def state_of(t):
@@ -292,7 +300,7 @@ class ReverseLoop:
             return replay, back, _room_for(state, room + 1)
         self._halves.append(halves)
 
-        def replay_early(first, state, last, arrays):
+        def replay_early(first, state, end, arrays):
             def body(t, state, arrays):
                 row, at = tf.gather(again, t), tf.cast(t - first, tf.int32)
                 saved, state = batches.apply(
@@ -303,17 +311,18 @@ class ReverseLoop:
                 return t + 1, state, [a.write(at, x) for a, x in zip(arrays, saved, strict=True)]
 
             return tf.while_loop(
-                lambda t, *_: t <= last, body, (first, state, arrays), parallel_iterations=1
+                lambda t, *_: t < end, body, (first, state, arrays), parallel_iterations=1
             )[1:]
 
         def back_late(first, arrays):
             def back(t, row, bars):
                 saved = [array.read(tf.cast(t - first, tf.int32)) for array in arrays]
-                return batches.apply(
+                found = batches.apply(
                     run.batches,
                     row,
                     lambda batch: halves.late(saved, self.steps.given(run, t, row, batch), bars),
                 )
+                return found, tf.constant(0.0, tf.float64)
 
             return back
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_drmad import checks, trajectories
 from keras_drmad.callback import DrMADCallback
 from keras_drmad.estimator import Amount, Estimator, Hypergradients, Setting
 from keras_drmad.fidelity import Agreement, agreement
-from keras_drmad.objectives import OuterLoss
+from keras_drmad.objectives import OuterLoss, seed_variables
+from keras_drmad.optimizers import Optimizer
 from keras_drmad.reports import Record
 from keras_drmad.trajectories import Linear, State, Stored
 
@@ -260,7 +263,30 @@ def _fit(model, x, y, callback: DrMADCallback, arguments: dict[str, Any]) -> Non
     """A fit after which model and optimizer are as they were."""
     arguments = {"verbose": 0, **arguments}
     callbacks = [*(arguments.pop("callbacks", None) or ()), callback]
+    restore_schedules = _schedules_of(model)
+    seeds = [(v, tf.identity(v.value)) for v in seed_variables(model)]
     try:
         model.fit(x, y, callbacks=callbacks, **arguments)
     finally:
         callback.restore_first_weights()
+        restore_schedules()
+        for variable, value in seeds:
+            variable.assign(value)
+
+
+def _schedules_of(model: keras.Model) -> Callable[[], None]:
+    """What sets schedules back to the horizon and the blocks that they have now."""
+    optimizer = getattr(model, "optimizer", None)
+    if not isinstance(optimizer, Optimizer) or not optimizer.built:
+        return lambda: None
+    horizon, position = optimizer.horizon, int(optimizer.position)
+    raw = [v.numpy() for v in optimizer.raw_variables]
+
+    def restore() -> None:
+        if optimizer.set_horizon(*horizon):
+            model.make_train_function(force=True)  # it holds on to variables that were replaced
+        optimizer.position.assign(position)
+        for variable, value in zip(optimizer.raw_variables, raw, strict=True):
+            variable.assign(value)
+
+    return restore

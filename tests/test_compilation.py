@@ -105,6 +105,31 @@ def test_masks_that_would_differ_are_refused():
         model.fit(*fits.examples(8), verbose=0, callbacks=[callback])
 
 
+class Late(keras.Model):
+    """Has no layers, and so no seeds, before it is built."""
+
+    def build(self, shape):
+        self.dropout, self.dense = keras.layers.Dropout(0.5), keras.layers.Dense(fits.CLASSES)
+        self.dense.build(shape)
+        super().build(shape)
+
+    def call(self, x, training=False):
+        return self.dense(self.dropout(x, training=training))
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_layers_made_late_are_walked_as_fit_goes(built):
+    fits.start()
+    model = Late()
+    if built:
+        model.build((None, 5))
+    fits.compiled(model, jit_compile=True)
+    callback = kd.DrMADCallback(fits.examples(9, seed=1), trajectory="replay")
+    model.fit(*fits.examples(8), BATCH, shuffle=False, verbose=0, callbacks=[callback])
+    assert callback.history[-1].accepted
+    assert [on for _, on in callback._estimator._loops] == [True]
+
+
 def test_the_faster_way_is_taken():
     for seconds, faster in ((5.0, True), (20.0, False)):
         choice = Compilation("auto")

@@ -433,6 +433,20 @@ def test_labels_of_hyper_data_that_are_no_class(name):
         fit((HYPER_X, np.where(HYPER_Y == 0, 4, HYPER_Y)))
 
 
+class InAFunction(layers.Dense):
+    @tf.function
+    def call(self, x):
+        return super().call(x)
+
+
+def test_a_layer_in_a_function_of_its_own():
+    """It holds on to the weights of its first trace."""
+    fits.start()
+    model = compiled(keras.Sequential([keras.Input((5,)), InAFunction(4), layers.Dense(3)]))
+    said = message_of(ValueError, lambda: model.fit(X, Y, BATCH, verbose=0, callbacks=[callback()]))
+    assert_says(said, "`call` of 'in_a_function' is decorated with tf.function", "Leave the")
+
+
 def test_an_outer_loss_of_one_output_for_two():
     """Refused before anything is trained."""
     fits.start()

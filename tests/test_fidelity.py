@@ -263,6 +263,29 @@ def test_hypergradients_moves_nothing():
 # Guards ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("measure", [kd.hypergradients, kd.verify_hypergradients])
+def test_a_measurement_leaves_schedules_and_seeds_as_they_were(measure):
+    """It has another horizon than the tuning, to which schedules are resampled meanwhile."""
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(4, "tanh"), keras.layers.Dropout(0.5), keras.layers.Dense(3)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    rate = kd.Hyperparameter(0.05, over="epoch")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(kd.optimizers.SGD(rate), loss, jit_compile=False)
+    x, y = np.random.default_rng(0).normal(size=(12, 4)), np.arange(12) % 3
+    hyper = np.random.default_rng(1).normal(size=(6, 4)), np.arange(6) % 3
+    callback = kd.DrMADCallback(hyper, horizon=3, trajectory="linear")
+    model.fit(x, y, 4, epochs=3, verbose=0, callbacks=[callback])
+    optimizer = model.optimizer
+    before = [v.numpy() for v in (*model.variables, *optimizer.variables)]
+    assert optimizer.horizon == (3, 9) and np.ptp(optimizer.values()[0].numpy()) > 0
+    measure(model, x, y, hyper_data=hyper, batch_size=4)
+    assert optimizer.horizon == (3, 9)
+    for old, variable in zip(before, (*model.variables, *optimizer.variables), strict=True):
+        np.testing.assert_array_equal(old, variable.numpy())
+    model.fit(x, y, 4, verbose=0)  # with the variables that there are now
+
+
 def test_an_exploding_hessian_falls_back_to_gauss_newton(monkeypatch):
     monkeypatch.setattr(estimation, "GROWTH_LIMIT", 1e-6)
     model = _model()

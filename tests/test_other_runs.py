@@ -32,7 +32,13 @@ class Sets(keras.callbacks.Callback):
 
 
 def fit(
-    *inner, trajectory="replay", callbacks=(), policy="float32", compiled=False, fit_compiled=False
+    *inner,
+    trajectory="replay",
+    callbacks=(),
+    policy="float32",
+    compiled=False,
+    fit_compiled=False,
+    **options,
 ):
     """The record of one update."""
     keras.utils.set_random_seed(0)
@@ -49,7 +55,7 @@ def fit(
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=fit_compiled,
     )
-    callback = kd.DrMADCallback(HYPER, trajectory=trajectory, jit_compile=compiled)
+    callback = kd.DrMADCallback(HYPER, trajectory=trajectory, jit_compile=compiled, **options)
     model.fit(X, Y, batch_size=6, epochs=1, verbose=0, callbacks=[callback, *callbacks])
     return callback.history[-1]
 
@@ -59,13 +65,19 @@ def fit(
     [dict(inner=[Unseeded()]), dict(callbacks=[Sets()])],
     ids=["unseeded noise", "a callback that sets weights"],
 )
-@pytest.mark.parametrize("trajectory", ["replay", "auto"])
+@pytest.mark.parametrize("trajectory", ["replay", "auto", "stored"])
 def test_is_skipped_with_the_reason(arguments, trajectory):
     inner = arguments.get("inner", ())
     with pytest.warns(UserWarning, match=MISSED):
         record = fit(*inner, trajectory=trajectory, callbacks=arguments.get("callbacks", ()))
     assert not record.accepted and MISSED in record.reason
     assert "SeedGenerator" in record.reason and "trajectory='linear'" in record.reason
+
+
+@pytest.mark.parametrize("reverse_steps", [2, 3])
+def test_also_where_few_steps_are_visited(reverse_steps):
+    with pytest.warns(UserWarning, match=MISSED):
+        assert not fit(Unseeded(), reverse_steps=reverse_steps).accepted
 
 
 def test_what_replays_nothing_goes_on():
