@@ -25,7 +25,7 @@ from keras_drmad.objectives import OuterLoss, TrainingLoss, seed_variables
 from keras_drmad.optimizers import block_of
 from keras_drmad.recorder import Recorder
 from keras_drmad.reverse import Adjoint, ReverseLoop
-from keras_drmad.steps import Run, Steps
+from keras_drmad.steps import Run, Steps, split
 from keras_drmad.trajectories import Anchors, Dense, Path, State, Trajectory
 
 Amount = int | float | None  # a number of steps, a fraction of them, or all
@@ -180,11 +180,14 @@ class Estimator:
         recorder.seeds.clear()
 
     def rerun(self, first: State, values: Sequence[Any]) -> list[tf.Tensor]:
-        """The last weights of the finished run, had it been trained with other values.
+        """Where the finished run would have ended, had it been trained with other values.
 
         Args:
             first: The state before the first step.
             values: Of each group, (blocks, *shape).
+
+        Returns:
+            Weights and moving averages.
         """
         run = self._run._replace(values=[tf.convert_to_tensor(v) for v in values])
         chunk = math.isqrt(self.steps) + 1  # so many states are held
@@ -192,7 +195,8 @@ class Estimator:
         for start in range(0, self.steps, chunk):
             steps = min(chunk, self.steps - start)
             state = [array[steps] for array in self.recompute(state, start, steps, run).arrays]
-        return state[: len(self.model.trainable_variables)]
+        weights, _, averages = split(state, self._slots)
+        return weights + averages
 
     def recompute(self, state: State, start: int, steps: int, run: Run | None = None) -> Dense:
         """Make some recorded steps again.
@@ -209,6 +213,11 @@ class Estimator:
         return loop.recompute(
             self._batches, run or self._run, start, state, self._every_row(), steps
         )
+
+    @property
+    def _slots(self) -> list[int]:
+        """The number of slots of each weight."""
+        return [len(slots) for slots in self.model.optimizer.slot_variables]
 
     def _every_row(self) -> tf.Tensor:
         """The batch of each step of the run."""
@@ -303,11 +312,11 @@ class Estimator:
 
     def _at_the_end(self) -> Adjoint:
         """Where a walk starts from."""
-        _, weights_bar, tuned_bar = self.outer
+        _, weights_bar, averages_bar, tuned_bar = self.outer
         slots = [s for of_one in self.model.optimizer.slot_variables for s in of_one]
         return Adjoint(
             weights_bar,
-            [tf.zeros(s.shape, s.dtype) for s in slots],
+            [tf.zeros(s.shape, s.dtype) for s in slots] + averages_bar,
             [tf.zeros_like(v) for v in self._run.values],
             tuned_bar,
         )
@@ -363,7 +372,7 @@ class Estimator:
                 TrainingLoss(self.model, self.tuned),
                 functools.partial(optimizer.pure_update, spread=compiled),
                 curvatures.get(curvature),
-                [len(slots) for slots in optimizer.slot_variables],
+                self._slots,
                 block_of,
             )
             plain = self._loop(curvature, False) if compiled and auto else None

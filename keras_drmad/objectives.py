@@ -1,7 +1,7 @@
 """A compiled Keras model as pure functions of its weights: the training loss, the outer loss.
 
 Everything runs in a `keras.StatelessScope`: variables are read from what is passed in, and what the
-model would assign (moving statistics, seeds, metrics) is dropped.
+model would assign (seeds, metrics) is dropped, but for moving averages, which are handed out.
 """
 
 from __future__ import annotations
@@ -26,12 +26,26 @@ class Forward:
     outputs: list[tf.Tensor]  # what the loss sees of the model: where Gauss-Newton cuts
     penalty: tf.Tensor | None  # what layers add (add_loss, regularizers), or None
     logits: list[tf.Tensor | None] | None = None  # of each output, what a loss may use instead
+    averages: Sequence[tf.Tensor] = ()  # the moving averages after the step
+
+
+def averages(model: keras.Model) -> list[keras.Variable]:
+    """Moving averages that training makes of what its weights give, and inference reads.
+
+    Those of BatchNormalization, in pairs of mean and variance; but not of a frozen layer, which
+    only reads them.
+    """
+    found: list[keras.Variable] = []
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.built and layer.trainable:
+            found += [layer.moving_mean, layer.moving_variance]
+    return found
 
 
 class TrainingLoss:
     """The loss that `fit` minimises on a batch, as a function of weights, tuned variables, seeds.
 
-    Other state (moving statistics, frozen weights) is read from the model as it stands.
+    Other state (frozen weights, say) is read from the model as it stands.
 
     Args:
         model: A built and compiled model.
@@ -43,28 +57,32 @@ class TrainingLoss:
         self.weights = list(model.trainable_variables)
         self.tuned = list(tuned)
         self.seeds = seed_variables(model)
+        self.averages = averages(model)
 
     def __call__(
         self,
         weights: Sequence[tf.Tensor],
         tuned: Sequence[tf.Tensor],
+        averages: Sequence[tf.Tensor],
         seeds: Sequence[tf.Tensor],
         data: Any,
     ) -> Forward:
         mapping = [
             *zip(self.weights, weights, strict=True),
             *zip(self.tuned, tuned, strict=True),
+            *zip(self.averages, averages, strict=True),
             *zip(self.seeds, seeds, strict=True),
         ]
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         # Losses that layers add are collected, as `fit` does; a scope drops them by default.
-        with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
             predicted = tf.nest.map_structure(_fresh, _call(self.model, x, training=True))
             loss = _compute_loss(self.model, x, y, predicted, sample_weight, training=True)
             added = [tf.reduce_sum(term) for term in self.model.losses]
         outputs = [z for z in tf.nest.flatten(predicted) if tf.is_tensor(z)]
         penalty = tf.add_n(added) if added else None
-        return Forward(loss, outputs, penalty, [_logits(z) for z in outputs])
+        moved = [tf.convert_to_tensor(scope.get_current_value(v)) for v in self.averages]
+        return Forward(loss, outputs, penalty, [_logits(z) for z in outputs], moved)
 
 
 class OuterLoss:
@@ -96,17 +114,22 @@ class OuterLoss:
         """The variables that it is differentiated by; a model may be built late."""
         return list(self.model.trainable_variables)
 
+    @property
+    def _variables(self) -> list[keras.Variable]:
+        return self.weights + averages(self.model) + self.tuned
+
     def __call__(
-        self, weights: Sequence[tf.Tensor] | None = None
-    ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
-        """The loss, its gradient for the weights and for `tuned`.
+        self, state: Sequence[tf.Tensor] | None = None
+    ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
+        """The loss, its gradient for the weights, for moving averages, and for `tuned`.
 
         Args:
-            weights: Where it is taken. Defaults to the model's present weights.
+            state: Weights and moving averages where it is taken. Defaults to the model's present
+                ones.
         """
-        variables = self.weights + self.tuned
-        values = [tf.convert_to_tensor(v.value) for v in variables]
-        values[: len(self.weights)] = weights or values[: len(self.weights)]
+        values = [tf.convert_to_tensor(v.value) for v in self._variables]
+        if state is not None:
+            values[: len(state)] = state
         total: list[tf.Tensor] | None = None
         count = tf.zeros((), tf.int64)
         for data in self.data:
@@ -126,8 +149,8 @@ class OuterLoss:
                 "that can be iterated again and again, for example data.cache()."
             )
         mean = [term / tf.cast(count, term.dtype) for term in total]
-        n = len(self.weights)
-        return mean[0], mean[1 : n + 1], mean[n + 1 :]
+        n, m = 1 + len(self.weights), 1 + len(mean[1:]) - len(self.tuned)
+        return mean[0], mean[1:n], mean[n:m], mean[m:]
 
     def check(self) -> None:
         """Refuse, before anything is trained, a loss that is not for the model, where it shows.
@@ -152,7 +175,7 @@ class OuterLoss:
         """Sum over the batch, so that a smaller last batch counts for what it holds."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         size = tf.shape(keras.tree.flatten(x)[0], tf.int64)[0]
-        variables = self.weights + self.tuned
+        variables = self._variables
         with tf.GradientTape() as tape:
             tape.watch(values)
             mapping = [

@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 
 from keras_drmad import batches as packing
-from keras_drmad.objectives import seed_variables
+from keras_drmad.objectives import averages, seed_variables
 from keras_drmad.trajectories import State, Trajectory
 
 
@@ -57,6 +57,7 @@ class Recorder:
             trajectory.begin(steps, first)
         first = min((first for _, first in trajectories), default=0)
         self._max_batches, self._first = max_batches, first
+        self._averages: list[keras.Variable] | None = None  # known once the model is built
         self._stride = 1
         if max_batches is not None and steps is not None:
             self._stride = max(1, math.ceil((steps - first) / max_batches))
@@ -130,10 +131,13 @@ class Recorder:
             self._newest_rates = []
 
     def snapshot(self) -> State:
-        """The state now: weights, then slots."""
+        """The state now: weights, then slots, then moving averages."""
         optimizer = self.model.optimizer
         variables = list(self.model.trainable_variables)
         variables += [slot for slots in optimizer.slot_variables for slot in slots]
+        if self._averages is None:
+            self._averages = averages(self.model)
+        variables += self._averages
         # `v.value` is an alias of the variable; the copy is its value now.
         return [tf.identity(v.value) for v in variables]
 

@@ -30,7 +30,7 @@ class Adjoint(NamedTuple):
     """What the walk carries and collects."""
 
     weights: Tensors  # cotangents of the weights
-    slots: Tensors  # and of the slots, flat
+    slots: Tensors  # and of the slots, flat, and of moving averages
     values: Tensors  # hypergradients of the rule's values, (blocks, *shape) each
     tuned: Tensors  # hypergradients of tuned variables
 

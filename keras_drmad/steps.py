@@ -1,11 +1,14 @@
 """One training step, forward and back, as pure functions of the state.
 
 At the state before a step, with the cotangents (w_bar, s_bar) of the weights and slots after it,
+and a_bar of moving averages of what the weights give (those of BatchNormalization),
 
     w_bar', s_bar', g_bar, l_bar = VJP of the update rule
-    w_bar <- w_bar' + C g_bar                    C: curvature of the step's training loss,
+    w_bar <- w_bar' + C g_bar + a_bar' d averages / d weights
+                                                 C: curvature of the step's training loss,
                                                  bounded on a reconstructed path
     s_bar <- s_bar'
+    a_bar <- a_bar' d averages / d averages before
     hypergradient of the rule's values += l_bar
     hypergradient of tuned variables   += d <gradient, g_bar> / d tuned
 
@@ -53,8 +56,8 @@ class Given(NamedTuple):
 
 # (weights, slots, gradients, values, learning_rate, t) -> (weights, slots)
 Update = Callable[..., tuple[Tensors, list[rules.Slots]]]
-# (weights, tuned, seeds, batch) -> objectives.Forward
-TrainLoss = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor], Tensors, Any], Any]
+# (weights, tuned, moving averages, seeds, batch) -> objectives.Forward
+TrainLoss = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor], Tensors, Tensors, Any], Any]
 
 
 @dataclass(eq=False)
@@ -86,13 +89,13 @@ class Steps:
 
     def forward(self, state: State, given: Given) -> State:
         """The state after a step."""
-        weights, slots = split(state, self.slots)
+        weights, slots, averages = split(state, self.slots)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
-            loss = self.loss(weights, given.tuned, given.seeds, given.batch).loss
-        gradients = tape.gradient(loss, weights)
+            forward = self.loss(weights, given.tuned, averages, given.seeds, given.batch)
+        gradients = tape.gradient(forward.loss, weights)
         gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
-        return self._updated(weights, slots, gradients, given)
+        return self._updated(weights, slots, gradients, given) + list(forward.averages)
 
     def back(
         self, state: State, given: Given, bars: Tensors, ceiling: tf.Tensor | None = None
@@ -105,18 +108,26 @@ class Steps:
             The state after the step; and the new cotangents of the state, those of the values and
             those of tuned variables.
         """
-        weights, slots = split(state, self.slots)
-        gradient, product = self.curvature(
-            lambda w, h: self.loss(w, h, given.seeds, given.batch), weights, given.tuned
-        )
+        weights, slots, averages = split(state, self.slots)
+        moved = len(bars) - len(averages)
+        forwards: list[Any] = []  # the first is at the state
+
+        def loss(w, h):
+            forwards.append(self.loss(w, h, averages, given.seeds, given.batch))
+            return forwards[-1]
+
+        sources = [*weights, *averages, *given.tuned]
+        with tf.GradientTape(watch_accessed_variables=False) as averaging:
+            averaging.watch(sources if averages else [])
+            gradient, product = self.curvature(loss, weights, given.tuned)
         used = [i for i, g in enumerate(gradient) if g is not None]
         known = [gradient[i] for i in used]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([weights, slots, known, given.values])
             after = self._updated(weights, slots, gradient, given)
-        sources = [*state, *known, *given.values]
-        found = tape.gradient(after, sources, bars, unconnected_gradients="zero")
-        n, m = len(state), len(state) + len(known)
+        parts = [*state[:moved], *known, *given.values]
+        found = tape.gradient(after, parts, bars[:moved], unconnected_gradients="zero")
+        n, m = moved, moved + len(known)
         new, g_bar, l_bar = found[:n], found[n:m], found[m:]
         direction = [tf.zeros_like(w) for w in weights]
         for i, bar in zip(used, g_bar, strict=True):
@@ -125,6 +136,15 @@ class Steps:
         if ceiling is not None and self.curvature is gauss_newton:
             curved = bounded(new[: len(weights)], curved, ceiling)
         new = [new[i] + curved[i] if i < len(weights) else new[i] for i in range(n)]
+        if averages:
+            pulled = averaging.gradient(
+                list(forwards[0].averages), sources, bars[moved:], unconnected_gradients="zero"
+            )
+            pulled = [tf.convert_to_tensor(x) for x in pulled]
+            a, b = len(weights), len(weights) + len(averages)
+            new = [*map(tf.add, new[:a], pulled[:a]), *new[a:], *pulled[a:b]]
+            h_bar = [*map(tf.add, h_bar, pulled[b:])]
+            after = after + list(forwards[0].averages)
         return after, (new, l_bar, h_bar)
 
     def _updated(self, weights, slots, gradient, given: Given) -> State:
@@ -134,14 +154,14 @@ class Steps:
         return [*weights, *(s for of_one in slots for s in of_one)]
 
 
-def split(state: State, slots: Sequence[int]) -> tuple[Tensors, list[rules.Slots]]:
-    """A flat state as the weights and, of each weight, the slots."""
+def split(state: State, slots: Sequence[int]) -> tuple[Tensors, list[rules.Slots], Tensors]:
+    """A flat state as the weights, of each weight the slots, and the moving averages."""
     weights, rest = list(state[: len(slots)]), list(state[len(slots) :])
     grouped: list[rules.Slots] = []
     for count in slots:
         grouped.append(tuple(rest[:count]))
         del rest[:count]
-    return weights, grouped
+    return weights, grouped, rest
 
 
 def given_spec(run: Run, leaves: list[tf.TensorSpec]) -> Given:

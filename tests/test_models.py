@@ -461,3 +461,50 @@ def test_fresh_weights_need_initializers_that_draw():
     model = keras.Sequential([keras.Input((5,)), layers.Dense(3, kernel_initializer=drawn_once)])
     with pytest.raises(ValueError, match=r"restart='fresh'.*same weights.*`seed`"):
         restarted("fresh", model)
+
+
+class Aside(layers.Layer):
+    """Normalizes in inference alone: training only makes the moving averages."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.normalization = layers.BatchNormalization(**options)
+
+    def call(self, x, training=False):
+        normalized = self.normalization(x, training=training)
+        return x if training else normalized
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "finite_difference"])
+@pytest.mark.parametrize("trajectory", ["replay", "stored"])
+def test_moving_averages_are_differentiated(float64, curvature, trajectory):
+    """The outer loss reads them, and they were made of what the weights gave at every step.
+
+    Training is linear up to the loss, so that Gauss-Newton is exact.
+    """
+    fits.start()
+    model = keras.Sequential(
+        [
+            keras.Input((5,)),
+            layers.Dense(fits.CLASSES),
+            Aside(momentum=0.8, center=False, scale=False),
+        ]
+    )
+    fits.compiled(model)
+    fits.fixed_weights(model)
+    model.optimizer.build(model.trainable_variables)
+    (x, y), hyper = fits.examples(14), fits.examples(9, seed=1)  # a smaller last batch
+    still = keras.optimizers.SGD(0.0)
+    callback = fits.callback(
+        hyper, trajectory=trajectory, curvature=curvature, outer_optimizer=still, horizon=2
+    )
+    saved = fits.Saved(model)
+
+    def train(*callbacks):
+        model.fit(x, y, 4, epochs=2, shuffle=False, verbose=0, callbacks=list(callbacks))
+
+    train(callback)
+    fits.assert_derivative(
+        model, saved, callback.history[-1], train, lambda: fits.evaluated(model, *hyper),
+        tolerance=1e-4 if curvature == "finite_difference" else 1e-6,
+    )  # fmt: skip

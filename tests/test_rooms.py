@@ -44,7 +44,7 @@ ROOMS = {
     "linearize": "| tensorflow",
     "halves": "batches linearize | tensorflow",
     "steps": "batches curvature rules trajectories | tensorflow",
-    "reverse": "batches halves steps trajectories | tensorflow",
+    "reverse": "batches halves steps sums trajectories | tensorflow",
     "compilation": "| tensorflow",
     "estimator": (
         "base_optimizer batches compilation curvature normalization objectives optimizers "
@@ -56,7 +56,7 @@ ROOMS = {
     "outer": "domains tunable | keras numpy tensorflow",
     "checks": (
         "base_optimizer curvature hyperparameters normalization objectives optimizers tunable "
-        "| keras"
+        "| keras tensorflow"
     ),
     "layer_calls": "| keras numpy tensorflow",
     "derivatives": "curvature normalization objectives | numpy tensorflow",
@@ -83,8 +83,8 @@ ROOMS = {
         "trajectories tuning_run | keras"
     ),
     "verify": (
-        "callback checks estimator fidelity hyper_data objectives outer reports trajectories "
-        "| keras numpy"
+        "callback checks estimator fidelity hyper_data objectives optimizers outer reports "
+        "trajectories | keras numpy tensorflow"
     ),
 }
 NAMES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
