@@ -152,7 +152,6 @@ class Estimator:
             compiled = _compiled(self.model, self._asked)
             if compiled != self._compilation.asked:
                 self._compilation = Compilation(compiled)
-                self._loops.clear()
             self._iteration = tf.identity(self.model.optimizer.iterations.value)
 
         self.recorder.arm(first)
