@@ -21,7 +21,7 @@ from keras_drmad.sums import total
 
 Tensors = list[tf.Tensor]
 Loss = Callable[[Sequence[tf.Tensor], Sequence[tf.Tensor]], Forward]
-Product = Callable[[Tensors], tuple[Tensors, Tensors]]
+Product = Callable[..., tuple[Tensors, Tensors]]
 Curvature = Callable[[Loss, Tensors, Tensors], tuple[list[tf.Tensor | None], Product]]
 
 
@@ -31,11 +31,13 @@ def hessian(loss: Loss, weights: Tensors, tuned: Tensors):
         outer.watch([weights, tuned])
         with tf.GradientTape(watch_accessed_variables=False) as inner:
             inner.watch(weights)
-            value = loss(weights, tuned).loss
-        gradient = _gradient(inner, value, weights)
+            forward = loss(weights, tuned)
+        gradient = _gradient(inner, forward.loss, weights)
 
-    def product(v: Tensors) -> tuple[Tensors, Tensors]:
-        targets, directions = _connected(gradient, v)
+    def product(v: Tensors, bars: Sequence[tf.Tensor] = ()) -> tuple[Tensors, Tensors]:
+        # With cotangents of the moving averages, what these give is added in the same pass.
+        averages = list(forward.averages) if bars else []
+        targets, directions = _connected([*gradient, *averages], [*v, *bars])
         both = _filled(outer, targets, weights + tuned, directions)
         return both[: len(weights)], both[len(weights) :]
 

@@ -25,7 +25,7 @@ import tensorflow as tf
 
 from keras_drmad import rules
 from keras_drmad.batches import Packed
-from keras_drmad.curvature import Curvature, bounded, gauss_newton
+from keras_drmad.curvature import Curvature, bounded, gauss_newton, hessian
 from keras_drmad.trajectories import State
 
 Tensors = list[tf.Tensor]
@@ -109,43 +109,46 @@ class Steps:
             those of tuned variables.
         """
         weights, slots, averages = split(state, self.slots)
-        moved = len(bars) - len(averages)
+        n, m = len(weights), len(bars) - len(averages)
+        ends = bars[m:]  # cotangents of moving averages
         forwards: list[Any] = []  # the first is at the state
 
         def loss(w, h):
-            forwards.append(self.loss(w, h, averages, given.seeds, given.batch))
+            tuned, before = h[: len(given.tuned)], h[len(given.tuned) :]
+            forwards.append(self.loss(w, tuned, before, given.seeds, given.batch))
             return forwards[-1]
 
-        sources = [*weights, *averages, *given.tuned]
+        inputs = [*given.tuned, *averages]
         with tf.GradientTape(watch_accessed_variables=False) as averaging:
-            averaging.watch(sources if averages else [])
-            gradient, product = self.curvature(loss, weights, given.tuned)
+            averaging.watch([*weights, *inputs] if averages else [])
+            gradient, product = self.curvature(loss, weights, inputs)
         used = [i for i, g in enumerate(gradient) if g is not None]
         known = [gradient[i] for i in used]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([weights, slots, known, given.values])
             after = self._updated(weights, slots, gradient, given)
-        parts = [*state[:moved], *known, *given.values]
-        found = tape.gradient(after, parts, bars[:moved], unconnected_gradients="zero")
-        n, m = moved, moved + len(known)
-        new, g_bar, l_bar = found[:n], found[n:m], found[m:]
+        parts = [*state[:m], *known, *given.values]
+        found = tape.gradient(after, parts, bars[:m], unconnected_gradients="zero")
+        new, g_bar, l_bar = found[:m], found[m : m + len(known)], found[m + len(known) :]
         direction = [tf.zeros_like(w) for w in weights]
         for i, bar in zip(used, g_bar, strict=True):
             direction[i] = bar
-        curved, h_bar = product(direction)
+        if averages and self.curvature is hessian:  # in one pass
+            curved, mixed = product(direction, ends)
+        else:
+            curved, mixed = product(direction)
         if ceiling is not None and self.curvature is gauss_newton:
-            curved = bounded(new[: len(weights)], curved, ceiling)
-        new = [new[i] + curved[i] if i < len(weights) else new[i] for i in range(n)]
-        if averages:
+            curved = bounded(new[:n], curved, ceiling)
+        if averages and self.curvature is not hessian:
             pulled = averaging.gradient(
-                list(forwards[0].averages), sources, bars[moved:], unconnected_gradients="zero"
+                list(forwards[0].averages), [*weights, *inputs], ends, unconnected_gradients="zero"
             )
             pulled = [tf.convert_to_tensor(x) for x in pulled]
-            a, b = len(weights), len(weights) + len(averages)
-            new = [*map(tf.add, new[:a], pulled[:a]), *new[a:], *pulled[a:b]]
-            h_bar = [*map(tf.add, h_bar, pulled[b:])]
-            after = after + list(forwards[0].averages)
-        return after, (new, l_bar, h_bar)
+            curved = [*map(tf.add, curved, pulled[:n])]
+            mixed = [*map(tf.add, mixed, pulled[n:])]
+        new = [*map(tf.add, new[:n], curved), *new[n:], *mixed[len(given.tuned) :]]
+        after = after + list(forwards[0].averages)
+        return after, (new, l_bar, mixed[: len(given.tuned)])
 
     def _updated(self, weights, slots, gradient, given: Given) -> State:
         weights, slots = self.update(

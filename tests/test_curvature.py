@@ -310,9 +310,9 @@ def random_like(weights):
 def parts_of(model, tuned):
     weights = [tf.constant(v.numpy()) for v in model.trainable_variables]
     loss = TrainingLoss(model, tuned)
-    seeds = [tf.constant(v.numpy()) for v in loss.seeds]
+    averages, seeds = ([tf.constant(v.numpy()) for v in of] for of in (loss.averages, loss.seeds))
     tuned = [tf.constant(v.numpy()) for v in tuned]
-    return weights, tuned, lambda data: lambda w, h: loss(w, h, seeds, data)
+    return weights, tuned, lambda data: lambda w, h: loss(w, h, averages, seeds, data)
 
 
 # The tests -----------------------------------------------------------------------------------
