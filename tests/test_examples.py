@@ -189,7 +189,7 @@ def test_omniglot(monkeypatch, capsys, tmp_path):
     results = tmp_path / "results.json"
     printed = run(
         monkeypatch, capsys, "omniglot.py", "--omniglot-file", OMNIGLOT, *FAST_OMNIGLOT,
-        "--updates", 5, "--results", results,
+        "--updates", 3, "--results", results,
     )  # fmt: skip
     found = json.loads(results.read_text())["as drawn"]
     counts = {method: seeds["0"]["tuned"] for method, seeds in found.items()}

