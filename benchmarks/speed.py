@@ -419,7 +419,8 @@ def figure(path: pathlib.Path) -> None:
     bars.set_yticks(range(len(kinds)), [kind.replace("_", "-") for kind in kinds])
     bars.invert_yaxis()
     bars.set_xlabel("training steps for a reverse step")
-    bars.legend()
+    bars.set_xlim(0, 1.35 * bars.get_xlim()[1])
+    bars.legend(loc="upper right")
     for axes, (axis, label) in zip(curves, axes_of, strict=True):
         rows = results["scaling"][axis]
         counts = sorted(rows, key=int)
