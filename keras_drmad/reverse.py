@@ -41,8 +41,8 @@ class Walked(NamedTuple):
     adjoint: Adjoint  # before the visited steps
     steps: int  # that were walked
     norm: float  # of the weights' cotangents
-    # How far, as a part of the way, what was recomputed ended from where training had been: stretches
-    # between anchors, or single steps where every state is kept.
+    # How far, as a part of the way, what was recomputed ended from where training had been:
+    # stretches between anchors, or single steps where every state is kept.
     missed: float
 
 
