@@ -1,12 +1,14 @@
 """Curvature: the training loss's gradient, and a product with its second derivative.
 
-Each function takes the loss as a function of (weights, tuned) that returns a `Forward`, and
-returns the gradient and a function `product(v)` that gives, for a direction v in weight space,
+Each function takes the loss as a function of (weights, inputs) that returns a `Forward`, and
+returns the gradient and a function `product(v, bars)` that gives, for a direction v in weight space
+and cotangents of the moving averages that the forward pass leaves,
 
-    C v                     C: the curvature that the function's name says
-    d <gradient, v> / d tuned
+    C v                      + bars' d averages / d weights    C: the curvature of that name
+    d <gradient, v> / d inputs + bars' d averages / d inputs
 
-The forward pass is shared between the gradient and the product.
+The forward pass is shared between the gradient and the product, and the last backward pass between
+C v and the moving averages.
 """
 
 from __future__ import annotations
@@ -25,26 +27,24 @@ Product = Callable[..., tuple[Tensors, Tensors]]
 Curvature = Callable[[Loss, Tensors, Tensors], tuple[list[tf.Tensor | None], Product]]
 
 
-def hessian(loss: Loss, weights: Tensors, tuned: Tensors):
+def hessian(loss: Loss, weights: Tensors, inputs: Tensors):
     """The exact Hessian, reverse over reverse (Pearlmutter, 1994)."""
     with tf.GradientTape(watch_accessed_variables=False) as outer, exact_moments():
-        outer.watch([weights, tuned])
+        outer.watch([weights, inputs])
         with tf.GradientTape(watch_accessed_variables=False) as inner:
             inner.watch(weights)
-            forward = loss(weights, tuned)
+            forward = loss(weights, inputs)
         gradient = _gradient(inner, forward.loss, weights)
 
     def product(v: Tensors, bars: Sequence[tf.Tensor] = ()) -> tuple[Tensors, Tensors]:
-        # With cotangents of the moving averages, what these give is added in the same pass.
-        averages = list(forward.averages) if bars else []
-        targets, directions = _connected([*gradient, *averages], [*v, *bars])
-        both = _filled(outer, targets, weights + tuned, directions)
+        targets, directions = _connected([*gradient, *forward.averages], [*v, *bars])
+        both = _filled(outer, targets, weights + inputs, directions)
         return both[: len(weights)], both[len(weights) :]
 
     return gradient, product
 
 
-def gauss_newton(loss: Loss, weights: Tensors, tuned: Tensors):
+def gauss_newton(loss: Loss, weights: Tensors, inputs: Tensors):
     """Generalized Gauss-Newton J' H J, H the loss's Hessian in the outputs (Schraudolph, 2002).
 
     Positive semi-definite for losses convex in the outputs. Penalties of layers enter with their
@@ -52,10 +52,10 @@ def gauss_newton(loss: Loss, weights: Tensors, tuned: Tensors):
     """
     tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
     with tape as second, exact_moments():  # penalties and the mixed derivative are of second order
-        second.watch([weights, tuned])
+        second.watch([weights, inputs])
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as first:
             first.watch(weights)
-            forward = loss(weights, tuned)
+            forward = loss(weights, inputs)
         gradient = _gradient(first, forward.loss, weights)
         outputs, slopes = _cut(first, forward)
         penalty = None if forward.penalty is None else _gradient(first, forward.penalty, weights)
@@ -66,23 +66,23 @@ def gauss_newton(loss: Loss, weights: Tensors, tuned: Tensors):
         transposed.watch(zeros)
         pulled = _gradient(first, outputs, weights, zeros)
 
-    def product(v: Tensors) -> tuple[Tensors, Tensors]:
+    def product(v: Tensors, bars: Sequence[tf.Tensor] = ()) -> tuple[Tensors, Tensors]:
         targets, directions = _connected(pulled, v)
         pushed = _filled(transposed, targets, zeros, directions)
         bent = _filled(second, slopes, outputs, pushed)
-        curved = _filled(first, outputs, weights, bent)
+        curved = _filled(first, [*outputs, *forward.averages], weights, [*bent, *bars])
         if penalty is not None:
             targets, directions = _connected(penalty, v)
             own = _filled(second, targets, weights, directions)
             curved = [a + b for a, b in zip(curved, own, strict=True)]
-        targets, directions = _connected(gradient, v)
-        mixed = _filled(second, targets, tuned, directions) if tuned else []
+        targets, directions = _connected([*gradient, *forward.averages], [*v, *bars])
+        mixed = _filled(second, targets, inputs, directions) if inputs else []
         return curved, mixed
 
     return gradient, product
 
 
-def finite_difference(loss: Loss, weights: Tensors, tuned: Tensors):
+def finite_difference(loss: Loss, weights: Tensors, inputs: Tensors):
     """The Hessian by central differences of two gradients; for layers with no second derivative.
 
     The step is the cube root of the precision, relative to the weights' norm (Nocedal and Wright,
@@ -91,18 +91,20 @@ def finite_difference(loss: Loss, weights: Tensors, tuned: Tensors):
 
     def slope(at: Tensors) -> tuple[list[tf.Tensor | None], Tensors]:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([at, tuned])
-            value = loss(at, tuned).loss
-        both = tape.gradient(value, at + tuned)
-        both = [None if g is None else dense(g) for g in both]
+            tape.watch([at, inputs])
+            value = loss(at, inputs).loss
+        both = _gradient(tape, value, at + inputs)
         ends = both[len(at) :]
         return both[: len(at)], [
-            tf.zeros_like(x) if g is None else g for x, g in zip(tuned, ends, strict=True)
+            tf.zeros_like(x) if g is None else g for x, g in zip(inputs, ends, strict=True)
         ]
 
-    gradient, _ = slope(weights)
+    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as centre:
+        centre.watch([weights, inputs])
+        forward = loss(weights, inputs)
+    gradient = _gradient(centre, forward.loss, weights)
 
-    def product(v: Tensors) -> tuple[Tensors, Tensors]:
+    def product(v: Tensors, bars: Sequence[tf.Tensor] = ()) -> tuple[Tensors, Tensors]:
         relative = 6e-6 if all(w.dtype == tf.float64 for w in weights) else 5e-3
         length = tf.linalg.global_norm(v)
         step = relative * (1.0 + tf.linalg.global_norm(weights)) / tf.maximum(length, 1e-30)
@@ -116,9 +118,13 @@ def finite_difference(loss: Loss, weights: Tensors, tuned: Tensors):
             d = (a - b) / tf.cast(2.0 * step, like.dtype)
             return tf.where(length > 0, d, tf.zeros_like(d))
 
-        curved = [difference(*args) for args in zip(ahead[0], behind[0], weights, strict=True)]
-        mixed = [difference(*args) for args in zip(ahead[1], behind[1], tuned, strict=True)]
-        return curved, mixed
+        both = [
+            *map(difference, ahead[0], behind[0], weights),
+            *map(difference, ahead[1], behind[1], inputs),
+        ]
+        averaged = _filled(centre, list(forward.averages), weights + inputs, list(bars))
+        both = [a + b for a, b in zip(both, averaged, strict=True)]
+        return both[: len(weights)], both[len(weights) :]
 
     return gradient, product
 
@@ -134,6 +140,8 @@ def bounded(passed: Tensors, curved: Tensors, ceiling: tf.Tensor) -> Tensors:
 
     C g is scaled by the theta in [0, 1] at which |w + theta C g| is least, which takes out what
     has exploded and adds nothing.
+
+    What moving averages add to C g counts as a part of it: it is a part of w at most.
 
     Args:
         passed: w, of each weight.

@@ -4,9 +4,9 @@ At the state before a step, with the cotangents (w_bar, s_bar) of the weights an
 and a_bar of moving averages of what the weights give (those of BatchNormalization),
 
     w_bar', s_bar', g_bar, l_bar = VJP of the update rule
-    w_bar <- w_bar' + C g_bar + a_bar' d averages / d weights
-                                                 C: curvature of the step's training loss,
-                                                 bounded on a reconstructed path
+    w_bar <- w_bar' + (C g_bar + a_bar' d averages / d weights)
+                                                 C: curvature of the step's training loss; what
+                                                 is in brackets, bounded on a reconstructed path
     s_bar <- s_bar'
     a_bar <- a_bar' d averages / d averages before
     hypergradient of the rule's values += l_bar
@@ -25,7 +25,7 @@ import tensorflow as tf
 
 from keras_drmad import rules
 from keras_drmad.batches import Packed
-from keras_drmad.curvature import Curvature, bounded, gauss_newton, hessian
+from keras_drmad.curvature import Curvature, bounded, gauss_newton
 from keras_drmad.trajectories import State
 
 Tensors = list[tf.Tensor]
@@ -110,18 +110,15 @@ class Steps:
         """
         weights, slots, averages = split(state, self.slots)
         n, m = len(weights), len(bars) - len(averages)
-        ends = bars[m:]  # cotangents of moving averages
-        forwards: list[Any] = []  # the first is at the state
+        moved: Tensors = []  # the moving averages after the step
 
         def loss(w, h):
             tuned, before = h[: len(given.tuned)], h[len(given.tuned) :]
-            forwards.append(self.loss(w, tuned, before, given.seeds, given.batch))
-            return forwards[-1]
+            forward = self.loss(w, tuned, before, given.seeds, given.batch)
+            moved[:] = moved or forward.averages  # the first pass is at the state
+            return forward
 
-        inputs = [*given.tuned, *averages]
-        with tf.GradientTape(watch_accessed_variables=False) as averaging:
-            averaging.watch([*weights, *inputs] if averages else [])
-            gradient, product = self.curvature(loss, weights, inputs)
+        gradient, product = self.curvature(loss, weights, [*given.tuned, *averages])
         used = [i for i, g in enumerate(gradient) if g is not None]
         known = [gradient[i] for i in used]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -133,22 +130,11 @@ class Steps:
         direction = [tf.zeros_like(w) for w in weights]
         for i, bar in zip(used, g_bar, strict=True):
             direction[i] = bar
-        if averages and self.curvature is hessian:  # in one pass
-            curved, mixed = product(direction, ends)
-        else:
-            curved, mixed = product(direction)
+        curved, mixed = product(direction, bars[m:])
         if ceiling is not None and self.curvature is gauss_newton:
             curved = bounded(new[:n], curved, ceiling)
-        if averages and self.curvature is not hessian:
-            pulled = averaging.gradient(
-                list(forwards[0].averages), [*weights, *inputs], ends, unconnected_gradients="zero"
-            )
-            pulled = [tf.convert_to_tensor(x) for x in pulled]
-            curved = [*map(tf.add, curved, pulled[:n])]
-            mixed = [*map(tf.add, mixed, pulled[n:])]
         new = [*map(tf.add, new[:n], curved), *new[n:], *mixed[len(given.tuned) :]]
-        after = after + list(forwards[0].averages)
-        return after, (new, l_bar, mixed[: len(given.tuned)])
+        return after + moved, (new, l_bar, mixed[: len(given.tuned)])
 
     def _updated(self, weights, slots, gradient, given: Given) -> State:
         weights, slots = self.update(
