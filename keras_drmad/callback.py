@@ -312,6 +312,8 @@ class DrMADCallback(keras.callbacks.Callback):
             model.optimizer.build(model.trainable_variables)
             self._run.attach()
         checks.check_trained_variables(model)
+        if not self.history and (doubt := self._estimator.look_at_step(spec)):
+            self._run.warn_once(doubt)
         self._run.before_first_step()
 
     def _method_for(self, max_batches: int | None) -> Fixed | Auto:
@@ -337,6 +339,12 @@ class DrMADCallback(keras.callbacks.Callback):
         optimizer, estimator = self.model.optimizer, self._estimator
         self._look_at_data(estimator.recorder)
         trained_with = self._space.values(self.model)
+        if moved := estimator.moved:
+            self._run.warn_once(
+                f"The training step reads {', '.join(moved)}, which changed while it was recorded, "
+                "and is no weight that is trained. The reverse pass takes it as it is now, so "
+                "hypergradients may be off."
+            )
         estimator.finish(self._outer_loss)
         before = str(self._method.chosen)
         what = f"Update {len(self.history) + 1}: walking back"

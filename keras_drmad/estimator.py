@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from keras_drmad import batches as packing
 from keras_drmad import curvature as curvatures
+from keras_drmad import step_checks
 from keras_drmad.compilation import Compilation
 from keras_drmad.objectives import OuterLoss, TrainingLoss, seed_variables
 from keras_drmad.optimizers import block_of
@@ -109,6 +110,9 @@ class Estimator:
         self.progress: Callable[[int, int], None] = lambda done, total: None
         self._portion = 8
         self._loops: dict[tuple[str, bool], ReverseLoop] = {}
+        # Variables that a training step reads beside the state, and weights that it leaves alone.
+        self._read: list[tf.Variable] = []
+        self._still: list[tf.Variable] = []
 
     @property
     def traces(self) -> int:
@@ -153,8 +157,43 @@ class Estimator:
             if compiled != self._compilation.asked:
                 self._compilation = Compilation(compiled)
             self._iteration = tf.identity(self.model.optimizer.iterations.value)
+            self._before = step_checks.fingerprints([*self._read, *self._still])
 
         self.recorder.arm(first)
+
+    def look_at_step(self, spec: Any) -> str:
+        """Refuse a training step that can't be followed. All layers are built, and the optimizer.
+
+        Args:
+            spec: The element spec of a batch.
+
+        Returns:
+            What to warn of.
+
+        Raises:
+            ValueError: naming what it is.
+        """
+        optimizer = self.model.optimizer
+        loss, steps = TrainingLoss(self.model, self.tuned), self._loop("gauss_newton", False).steps
+        step = step_checks.trace(loss, steps, optimizer, self.recorder.snapshot(), spec)
+        step_checks.check_reads(step)
+        step_checks.check_assignments(step)
+        step_checks.check_rate(optimizer.fixed_learning_rate, self.tuned)
+        self._read, self._still = step.read, step.still
+        return step_checks.doubts(step)
+
+    @property
+    def moved(self) -> list[str]:
+        """Names of variables that steps read, and that have changed since the first of them."""
+        return self._changed(self._read)
+
+    def _changed(self, variables: Sequence[tf.Variable]) -> list[str]:
+        after = step_checks.fingerprints(variables)
+        return [
+            v.name
+            for v in variables
+            if not bool(tf.reduce_all(after[v.ref()] == self._before[v.ref()]))
+        ]
 
     # Backward ----------------------------------------------------------------------------------
 
@@ -330,6 +369,12 @@ class Estimator:
             return (
                 f"the optimizer made {self._updates} updates in {self.steps} recorded steps. Leave "
                 "out `train_on_batch` and `fit` inside of callbacks"
+            )
+        if still := self._changed(self._still):
+            return (
+                f"{still[0]} has no gradient where the reverse pass makes a step again, and yet it "
+                "has changed: by a callback that sets it, or within tf.recompute_grad or "
+                "keras.remat, which are not supported"
             )
         if first >= self.steps:
             return (

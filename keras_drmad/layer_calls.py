@@ -12,6 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_drmad import graphs
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -85,13 +87,13 @@ def record(model: keras.Model, inputs: Any) -> Call:
 
     with _noting(_units(model), stack):
         graph = tf.function(forward, autograph=False).get_concrete_function(inputs).graph
-    reached = _reached(graph, marked)
+    reached = graphs.reached(graph, marked)
 
     def described(x):
         if not isinstance(x, tf.Tensor):
             return x
         # Inside a loop's body it is not known what comes before.
-        trained = x.op.name in reached if getattr(x, "graph", None) is graph else True
+        trained = x.op in reached if getattr(x, "graph", None) is graph else True
         constant = None if x.dtype.is_floating else tf.get_static_value(x)
         shape = (-1,) if x.shape.rank is None else tuple(-1 if n is None else n for n in x.shape)
         return Tensor(shape, x.dtype, trained, constant)
@@ -137,12 +139,3 @@ def _noting(units: Sequence[Any], stack: list[list[Call]]) -> Iterator[None]:
                 vars(unit).pop("call", None)
             else:
                 vars(unit)["call"] = own
-
-
-def _reached(graph: tf.Graph, marked: Sequence[tf.Tensor]) -> set[str]:
-    """Names of the operations of a graph that depend on some tensors."""
-    names = {x.op.name for x in marked}
-    for op in graph.get_operations():  # in the order in which they were made
-        if any(x.op.name in names for x in op.inputs):
-            names.add(op.name)
-    return names

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_drmad import graphs
+
 Tensors = list[tf.Tensor]
 
 # What is worked out again from what is saved, rather than saved as well: one cheap pass each,
@@ -93,11 +95,12 @@ class _Cut:
     """Which tensors cross from the early part to the late one, as few as will do."""
 
     def __init__(self, graph, starts: Tensors, lasts: Tensors, outputs: Tensors):
-        self._after_start = _reached(graph, starts)
-        after_last = _reached(graph, lasts)
-        needed = _needed(outputs, after_last)
+        self._after_start = graphs.reached(graph, starts)
+        after_last = graphs.reached(graph, lasts)
+        between = after_last & graphs.needed(outputs)
+        late = [op for op in graph.get_operations() if op in between]
         crossing: dict[str, tf.Tensor] = {}
-        for tensor in (*outputs, *(t for op in needed for t in op.inputs)):
+        for tensor in (*outputs, *(t for op in late for t in op.inputs)):
             if tensor.op not in after_last and tensor.op in self._after_start:
                 crossing.setdefault(tensor.name, tensor)
         # The widest are most worth going without.
@@ -114,26 +117,6 @@ class _Cut:
         if op.type not in _CHEAP or depth == 0:
             return False
         return all(t.name in saved or self._derivable(t, saved, depth - 1) for t in op.inputs)
-
-
-def _reached(graph, tensors: Tensors) -> set:
-    """The operations on which some tensors have an influence."""
-    reached = {t.op for t in tensors}
-    for op in graph.get_operations():  # in the order of their making: inputs come first
-        if any(t.op in reached for t in op.inputs):
-            reached.add(op)
-    return reached
-
-
-def _needed(outputs: Tensors, among: set) -> list:
-    """Those operations among some that the outputs need."""
-    found, waiting = {}, [t.op for t in outputs]
-    while waiting:
-        op = waiting.pop()
-        if op in among and op.name not in found:
-            found[op.name] = op
-            waiting += [t.op for t in op.inputs]
-    return list(found.values())
 
 
 def _size(tensor: tf.Tensor) -> int:

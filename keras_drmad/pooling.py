@@ -25,15 +25,13 @@ def max_pool(
     input = tf.convert_to_tensor(input)
     ordinary = _ordinary  # not what stands in `tf.nn` now, which may lead here
     window = _window(ksize)
-    apart = (
-        len(input.shape) == 4
-        and input.dtype.is_floating
-        and data_format in (None, "NHWC")
-        and window is not None
-        and window == _window(strides)
-        and (padding == "VALID" or (padding == "SAME" and _fits(input, window)))
-    )
-    if not apart:
+    if (
+        window is None
+        or window != _window(strides)
+        or not (padding == "VALID" or (padding == "SAME" and _fits(input, window)))
+        or not (len(input.shape) == 4 and input.dtype.is_floating)
+        or data_format not in (None, "NHWC")
+    ):
         return ordinary(input, ksize, strides, padding, data_format, name)
     windows = dict(ksize=[1, *window, 1], strides=[1, *window, 1], padding="VALID")
 
@@ -78,4 +76,6 @@ def _window(size: Any) -> list[int] | None:
 
 
 def _fits(images: tf.Tensor, window: list[int]) -> bool:
-    return all(n is not None and n % w == 0 for n, w in zip(images.shape[1:3], window, strict=True))
+    return len(images.shape) == 4 and all(
+        n is not None and n % w == 0 for n, w in zip(images.shape[1:3], window, strict=True)
+    )
