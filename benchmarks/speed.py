@@ -10,7 +10,8 @@
 Unit of time is one training step in a graph, of the same run and in the same process: the faster of
 a plain `tf.while_loop` and one compiled by XLA. Time is CPU time of the process with one thread
 for the operations, which other work on the machine disturbs least. Everything is measured in turn,
-several rounds, and medians are given. Results are merged into docs/results/speed.json.
+several rounds, in several processes, and medians are given. Results are merged into
+docs/results/speed.json.
 """
 
 from __future__ import annotations
@@ -193,8 +194,41 @@ def way(compiled: bool) -> str:
 # Parts -------------------------------------------------------------------------------------------
 
 
-def steps(name: str, count: int, rounds: int) -> dict:
-    """Reverse steps by every setting, compile times, recording, whole updates."""
+def steps(name: str, count: int, rounds: int, processes: int) -> dict:
+    """Reverse steps by every setting, compile times, recording, whole updates.
+
+    By processes of their own, because the same graph is not equally fast in each: of max pooling's
+    gradients TensorFlow gives some to oneDNN, others not, by chance. The unit is the fastest.
+    """
+    runs = []
+    for _ in range(processes):
+        command = [sys.executable, __file__, "--raw", name, str(count), str(rounds)]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        runs.append(json.loads(out.splitlines()[-1]))
+    took = {key: [s for run in runs for s in run["took"][key]] for key in runs[0]["took"]}
+    of_each = [{k: statistics.median(s) for k, s in run["took"].items()} for run in runs]
+    median = {key: statistics.median(of[key] for of in of_each) for key in took}
+    units = [min(of[f"train, {way(on)}"] for on in WAYS[name]) for of in of_each]
+    unit = min(units)
+    pairs_of_fits = zip(took["fit, recorded"], took["fit"], strict=True)
+    first = {key: statistics.median(run["first"][key] for run in runs) for key in runs[0]["first"]}
+    return {
+        "steps": count,
+        "rounds": rounds,
+        "processes": processes,
+        "weights": runs[0]["weights"],
+        "hyperparameters": runs[0]["hyperparameters"],
+        "in_training_steps": {key: value / unit for key, value in median.items()},
+        "spread": {key: (min(s) / unit, max(s) / unit) for key, s in took.items()},
+        "slowest_unit": max(units) / unit,
+        "recording_overhead": statistics.median(a / b for a, b in pairs_of_fits) - 1.0,
+        "first_seconds": {k: first[k] - median[k] for k in first if k.endswith(("plain", "XLA"))},
+        "slower_by_xla": slower_by_xla(name) if True not in WAYS[name] else None,
+    }
+
+
+def raw(name: str, count: int, rounds: int) -> None:
+    """Print the seconds of everything in this process."""
     ways = WAYS[name]
     case, penalties = Case(name, count), Case(name, count, rate=False)
     pairs = [
@@ -233,20 +267,9 @@ def steps(name: str, count: int, rounds: int) -> dict:
                 packing = _seconds(lambda: case.estimator.finish(case.outer))
                 note("pack, 50 batches", packing)
                 note(f"{key}, {way(on)}", packing + case.walk(setting, on))
-    median = {key: statistics.median(seconds) for key, seconds in took.items()}
-    unit = min(median[f"train, {way(on)}"] for on in ways)
-    pairs_of_fits = zip(took["fit, recorded"], took["fit"], strict=True)
-    return {
-        "steps": count,
-        "rounds": rounds,
-        "weights": case.model.count_params(),
-        "hyperparameters": sum(int(np.prod(v.shape)) for v in case.model.optimizer.raw_variables),
-        "in_training_steps": {key: value / unit for key, value in median.items()},
-        "spread": {key: (min(s) / unit, max(s) / unit) for key, s in took.items()},
-        "recording_overhead": statistics.median(a / b for a, b in pairs_of_fits) - 1.0,
-        "first_seconds": {k: first[k] - median[k] for k in first if k.endswith(("plain", "XLA"))},
-        "slower_by_xla": slower_by_xla(name) if True not in ways else None,
-    }
+    hyperparameters = sum(int(np.prod(v.shape)) for v in case.model.optimizer.raw_variables)
+    found = {"took": took, "first": first, "weights": case.model.count_params()}
+    print(json.dumps(found | {"hyperparameters": hyperparameters}))
 
 
 def slower_by_xla(name: str) -> dict[str, float]:
@@ -360,7 +383,8 @@ def tables() -> None:
     for name, row in results.get("steps", {}).items():
         cost = row["in_training_steps"]
         print(f"\n{name}: {row['weights']:,} weights, {row['hyperparameters']:,} hyperparameters, "
-              f"T = {row['steps']}, medians of {row['rounds']} rounds\n")  # fmt: skip
+              f"T = {row['steps']}, medians of {row['rounds']} rounds in each of "
+              f"{row['processes']} processes\n")  # fmt: skip
         print("| trajectory | curvature | plain | XLA | compiling, s (plain, XLA) |")
         print("| --- | --- | --- | --- | --- |")
         for key in cost:
@@ -381,6 +405,7 @@ def tables() -> None:
                 print(f"{key}: {cost[key]:.2f}")
         for key, ratio in (row.get("slower_by_xla") or {}).items():
             print(f"{key}: XLA takes {ratio:.0f} times as long")
+        print(f"a training step of the slowest process: {row['slowest_unit']:.2f}")
         print(f"recording overhead: {row['recording_overhead']:+.1%}")
     for name, row in results.get("recording", {}).items():
         print(f"\n{name}: recording adds {row['median']:+.1%} to an epoch "
@@ -440,13 +465,19 @@ def main() -> None:
     )
     parser.add_argument("--nets", nargs="+", default=["mlp", "conv", "tokens"])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--figure", type=pathlib.Path)
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--raw", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         name, trajectory, count = arguments.peak
         peak(name, trajectory, int(count))
+        return
+    if arguments.raw:
+        name, *numbers = arguments.raw
+        raw(name, *map(int, numbers))
         return
     for part in arguments.part or ():
         if part == "scaling":
@@ -456,9 +487,11 @@ def main() -> None:
                 count = {"mlp": 400, "conv": 60, "tokens": 100}[name]
                 if part == "memory":
                     merge(part, {name: memory(name)})
+                elif part == "steps":
+                    row = steps(name, count, arguments.rounds, arguments.processes)
+                    merge(part, {name: row})
                 else:
-                    measure = steps if part == "steps" else recording
-                    merge(part, {name: measure(name, count, arguments.rounds)})
+                    merge(part, {name: recording(name, count, arguments.rounds)})
     if arguments.part or arguments.tables:
         tables()
     if arguments.figure:

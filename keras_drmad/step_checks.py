@@ -8,8 +8,9 @@ by itself, so that hypergradients would be silently wrong.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -36,17 +37,16 @@ class Step:
     graph: tf.Graph
     weights: int
     passed: Sequence[keras.Variable]
-    _needed: set[tf.Operation] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_needed", graphs.needed(self.graph.outputs))
+    @functools.cached_property
+    def _needed(self) -> set[tf.Operation]:
+        return graphs.needed(self.graph.outputs)
 
     @property
     def still(self) -> list[tf.Variable]:
         """Weights that the step leaves as they are: they have no gradient."""
-        pairs = zip(
-            self.passed, self.graph.inputs, self.graph.outputs[: self.weights], strict=False
-        )
+        starts, ends = (x[: self.weights] for x in (self.graph.inputs, self.graph.outputs))
+        pairs = zip(self.passed[: self.weights], starts, ends, strict=True)
         return [v._value for v, start, end in pairs if _same(start, end)]
 
     @property
@@ -108,12 +108,11 @@ def check_reads(step: Step) -> None:
     Raises:
         ValueError: naming the variable.
     """
-    passed = {id(v._value.handle): v for v in step.passed}
-    for variable in step.read:
-        if id(variable.handle) in passed:
-            path = passed[id(variable.handle)].path
+    read = {id(outer) for outer, _ in step.graph.captures}  # to no effect even
+    for variable in step.passed:
+        if id(variable._value.handle) in read:
             raise ValueError(
-                f"{path} is read in a way that the reverse pass can't follow, which makes "
+                f"{variable.path} is read in a way that the reverse pass can't follow, which makes "
                 "steps again at other values: by a function that is decorated with tf.function, "
                 "by tf.recompute_grad or keras.remat, or (a tuned variable) by the optimizer, in a "
                 "constraint. Leave that out: `fit` compiles the whole training step anyway."

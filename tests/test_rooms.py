@@ -32,7 +32,8 @@ ROOMS = {
     "optimizers": "arguments base_optimizer hyperparameters rules schedules | keras tensorflow",
     "trajectories": "| tensorflow",
     "batches": "| keras tensorflow",
-    "normalization": "| keras tensorflow",
+    "pooling": "| tensorflow",
+    "normalization": "pooling | keras tensorflow",
     "tunable": "| keras",
     "layers": "domains tunable | keras",
     "objectives": "tunable | keras tensorflow",
@@ -41,14 +42,18 @@ ROOMS = {
     "initial_scale": "hyperparameters places | keras numpy tensorflow",
     "recorder": "batches objectives trajectories | keras tensorflow",
     "curvature": "normalization objectives sums | tensorflow",
-    "linearize": "| tensorflow",
+    "graphs": "| tensorflow",
+    "linearize": "graphs | tensorflow",
     "halves": "batches linearize | tensorflow",
     "steps": "batches curvature rules trajectories | tensorflow",
     "reverse": "batches halves steps sums trajectories | tensorflow",
     "compilation": "| tensorflow",
+    "step_checks": (
+        "graphs normalization objectives optimizers steps trajectories | keras tensorflow"
+    ),
     "estimator": (
         "base_optimizer batches compilation curvature normalization objectives optimizers "
-        "recorder reverse steps trajectories | keras numpy tensorflow"
+        "recorder reverse step_checks steps trajectories | keras numpy tensorflow"
     ),
     "fidelity": "estimator objectives trajectories | keras numpy",
     "restart": "objectives | keras tensorflow",
@@ -58,7 +63,7 @@ ROOMS = {
         "base_optimizer curvature hyperparameters normalization objectives optimizers tunable "
         "| keras tensorflow"
     ),
-    "layer_calls": "| keras numpy tensorflow",
+    "layer_calls": "graphs | keras numpy tensorflow",
     "derivatives": "curvature normalization objectives | numpy tensorflow",
     "layer_tests": "derivatives layer_calls | keras numpy tensorflow",
     "inspection": (
