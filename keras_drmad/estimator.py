@@ -174,7 +174,7 @@ class Estimator:
             ValueError: naming what it is.
         """
         optimizer = self.model.optimizer
-        loss, steps = TrainingLoss(self.model, self.tuned), self._loop("gauss_newton", False).steps
+        loss, steps = TrainingLoss(self.model, self.tuned), self._steps("gauss_newton", False)
         step = step_checks.trace(loss, steps, optimizer, self.recorder.snapshot(), spec)
         step_checks.check_reads(step)
         step_checks.check_assignments(step)
@@ -410,18 +410,19 @@ class Estimator:
         """The graphs for a curvature."""
         key = curvature, compiled
         if key not in self._loops:
-            optimizer = self.model.optimizer
             auto = self._compilation.asked == "auto"
-            steps = Steps(
-                TrainingLoss(self.model, self.tuned),
-                functools.partial(optimizer.pure_update, spread=compiled),
-                curvatures.get(curvature),
-                self._slots,
-                block_of,
-            )
             plain = self._loop(curvature, False) if compiled and auto else None
-            self._loops[key] = ReverseLoop(steps, compiled, plain)
+            self._loops[key] = ReverseLoop(self._steps(curvature, compiled), compiled, plain)
         return self._loops[key]
+
+    def _steps(self, curvature: str, compiled: bool) -> Steps:
+        return Steps(
+            TrainingLoss(self.model, self.tuned),
+            functools.partial(self.model.optimizer.pure_update, spread=compiled),
+            curvatures.get(curvature),
+            self._slots,
+            block_of,
+        )
 
     def _rows(self, setting: Setting, visits: np.ndarray) -> np.ndarray:
         """Of each visited step, which of the batches that are kept serves a setting."""

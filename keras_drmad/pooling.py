@@ -45,7 +45,7 @@ def max_pool(
             # As `fit` chooses among equal maxima: the gradient of ones is where they are.
             area = tf.fill(tf.shape(y), tf.cast(window[0] * window[1], y.dtype))
             found = tf.raw_ops.MaxPoolGrad(orig_input=x, orig_output=y, grad=area, **windows)
-            return tf.stop_gradient(found)
+            return tf.stop_gradient(found, name=MASK)
 
         def gradient(bar):
             here = tf.compat.v1.get_default_graph()
@@ -60,6 +60,8 @@ def max_pool(
         return pool(input)
 
 
+# What stops a gradient here, by its name: a mask has none, but where two maxima are equal.
+MASK = "mask_of_maxima"
 _ordinary = tf.nn.max_pool
 
 

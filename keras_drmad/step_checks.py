@@ -16,12 +16,16 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_drmad import graphs
+from keras_drmad import graphs, pooling
 from keras_drmad.normalization import exact_moments
 from keras_drmad.objectives import TrainingLoss
 from keras_drmad.optimizers import Optimizer
 from keras_drmad.steps import Given, Steps
 from keras_drmad.trajectories import State
+
+_STOPPING = ("StopGradient", "PyFunc", "PyFuncStateless")  # functions of NumPy have no gradient
+# Where it would be zero: the largest exponent, taken out of a sum of exponentials, cancels.
+_HARMLESS = ("ReduceLogSumExp", pooling.MASK)
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,7 @@ class Step:
         return sorted(
             name
             for name, kind in graphs.nodes(self.graph, between)
-            # The largest exponent is taken out of a sum of exponentials: it cancels.
-            if kind == "StopGradient" and "ReduceLogSumExp" not in name
+            if kind in _STOPPING and not any(harmless in name for harmless in _HARMLESS)
         )
 
 

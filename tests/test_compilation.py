@@ -69,6 +69,11 @@ class Foreign(keras.layers.Layer):
         return x + tf.ensure_shape(zero, x.shape)
 
 
+# It is warned of: what the function does could depend on the weights.
+FOREIGN = pytest.mark.filterwarnings("ignore:The training step stops the gradient")
+
+
+@FOREIGN
 def test_what_xla_cannot_compile_is_walked_plainly(monkeypatch, float64):
     monkeypatch.setattr(Compilation, "WORTH", 0.0)
     callback = fit(layer=Foreign(), trajectory="linear", curvature="gauss_newton")
@@ -78,6 +83,7 @@ def test_what_xla_cannot_compile_is_walked_plainly(monkeypatch, float64):
     fits.assert_same_updates(callback, fit(trajectory="linear", curvature="gauss_newton"), 1e-9)
 
 
+@FOREIGN
 def test_a_python_function_inside_the_model_outlives_the_cut_of_its_graph(float64):
     collect = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: gc.collect())
     options = dict(layer=Foreign(), curvature="gauss_newton", jit_compile=False)
@@ -87,6 +93,7 @@ def test_a_python_function_inside_the_model_outlives_the_cut_of_its_graph(float6
     )
 
 
+@FOREIGN
 def test_what_xla_cannot_compile_is_refused_where_xla_is_asked_for():
     with pytest.raises(ValueError, match="jit_compile='auto' or False"):
         fit(layer=Foreign(), trajectory="linear", jit_compile=True)

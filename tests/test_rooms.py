@@ -49,7 +49,7 @@ ROOMS = {
     "reverse": "batches halves steps sums trajectories | tensorflow",
     "compilation": "| tensorflow",
     "step_checks": (
-        "graphs normalization objectives optimizers steps trajectories | keras tensorflow"
+        "graphs normalization objectives optimizers pooling steps trajectories | keras tensorflow"
     ),
     "estimator": (
         "base_optimizer batches compilation curvature normalization objectives optimizers "

@@ -193,13 +193,22 @@ class Gate(layers.Layer):
         return x * ops.stop_gradient(ops.sigmoid(x))
 
 
+class InNumPy(layers.Layer):
+    """A gate made by NumPy."""
+
+    def call(self, x):
+        return x * tf.ensure_shape(tf.numpy_function(np.tanh, [x], x.dtype), x.shape)
+
+
 def focal(labels, logits):
     likely = ops.take_along_axis(ops.softmax(logits), ops.reshape(labels, (-1, 1)), -1)[:, 0]
     return -ops.stop_gradient((1 - likely) ** 2) * ops.log(likely)
 
 
 @pytest.mark.parametrize(
-    "inner, loss, name", [([Gate()], None, "gate"), ([], focal, "focal")], ids=["layer", "loss"]
+    "inner, loss, name",
+    [([Gate()], None, "gate"), ([InNumPy()], None, "PyFunc"), ([], focal, "focal")],
+    ids=["layer", "numpy", "loss"],
 )
 def test_a_stopped_gradient_is_warned_of(inner, loss, name):
     with pytest.warns(UserWarning, match=f"stops the gradient .*{name}.*verify_hypergradients"):
