@@ -19,8 +19,9 @@ import numpy as np
 from fidelity import L2, data, net
 
 import keras_drmad as kd
-from keras_drmad.estimator import Estimator, Setting, amount
+from keras_drmad.estimator import Estimator
 from keras_drmad.fidelity import _cost_per_step
+from keras_drmad.settings import Setting, amount
 
 STEPS = 500
 

@@ -31,10 +31,11 @@ from fidelity_results import DRAWN, KINDS, figure, load, merge, summary, tables
 
 import keras_drmad as kd
 from keras_drmad import curvature
-from keras_drmad.estimator import GROWTH_LIMIT, Estimator, Hypergradients, Setting, amount
+from keras_drmad.estimator import GROWTH_LIMIT, Estimator, Hypergradients
 from keras_drmad.fidelity import Auto, _cost_per_step
 from keras_drmad.hyper_data import batches_of
 from keras_drmad.objectives import OuterLoss
+from keras_drmad.settings import Setting, amount
 from keras_drmad.trajectories import Linear, Piecewise, Replay, Stored, Trajectory
 
 HERE = pathlib.Path(__file__).resolve().parent

@@ -335,8 +335,9 @@ def keras_drmad(problem: Problem, trajectory: str, curvature: str, compiled: boo
 
     import keras_drmad as kd
     from keras_drmad import trajectories
-    from keras_drmad.estimator import Estimator, Setting
+    from keras_drmad.estimator import Estimator
     from keras_drmad.objectives import OuterLoss
+    from keras_drmad.settings import Setting
 
     hidden = [keras.layers.Dense(units, activation="tanh") for units in SIZES[1:-1]]
     model = keras.Sequential([keras.Input(SIZES[:1]), *hidden, keras.layers.Dense(SIZES[-1])])

@@ -31,8 +31,8 @@ from race_results import figure, load, merge, tables
 
 import keras_drmad as kd
 from keras_drmad import trajectories
-from keras_drmad.estimator import Setting
 from keras_drmad.fidelity import _cost_per_step
+from keras_drmad.settings import Setting
 
 HERE = pathlib.Path(__file__).resolve().parent
 

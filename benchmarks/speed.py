@@ -32,8 +32,9 @@ import tensorflow as tf
 import keras_drmad as kd
 from keras_drmad import trajectories
 from keras_drmad.compilation import Compilation
-from keras_drmad.estimator import Estimator, Setting
+from keras_drmad.estimator import Estimator
 from keras_drmad.objectives import OuterLoss
+from keras_drmad.settings import Setting
 
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "docs/results/speed.json"
 TRAJECTORIES = ("linear", "piecewise", "stored", "replay")

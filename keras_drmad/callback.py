@@ -14,7 +14,7 @@ from keras_drmad import checks, outer, sample_weights, tensorboard, trajectories
 from keras_drmad import curvature as curvatures
 from keras_drmad import hyper_data as data_of
 from keras_drmad import initial_scale as scales
-from keras_drmad.estimator import Amount, Estimator, Setting
+from keras_drmad.estimator import Estimator
 from keras_drmad.fidelity import Auto, Fixed
 from keras_drmad.hyperparameters import Hyperparameter
 from keras_drmad.normalization import uncorrected_layers
@@ -22,6 +22,7 @@ from keras_drmad.objectives import OuterLoss, get_loss, trace
 from keras_drmad.recorder import unhook
 from keras_drmad.reports import Progress, Record, table
 from keras_drmad.search_space import SearchSpace
+from keras_drmad.settings import Amount, Setting
 from keras_drmad.tuning_run import TuningRun
 
 log = logging.getLogger("keras_drmad")

@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import keras
 from tensorflow.python.framework.config import is_op_determinism_enabled
+
+from keras_drmad.objectives import seed_variables
 
 
 @dataclass
@@ -84,3 +87,30 @@ class Compilation:
 
     def _pace(self, kind: str) -> _Pace:
         return self._paces.setdefault(kind, _Pace())
+
+
+def wanted(model: keras.Model, asked: bool | str) -> bool | str:
+    """Whether XLA compiles walks.
+
+    It draws other random numbers from a seed than plain graphs, and in half precision it rounds so
+    much less that a replay ends elsewhere: there a walk goes as `fit` went.
+    """
+    like_fit = bool(model.jit_compile and not model.run_eagerly)
+    if not seed_variables(model):
+        half = any(layer.compute_dtype == "bfloat16" for layer in model._flatten_layers())
+        return like_fit if half and asked == "auto" else asked
+    if like_fit:
+        if asked is False:
+            raise ValueError(
+                "`jit_compile=False` of the reverse pass would draw other dropout masks (or noise) "
+                "than the training, which is compiled by XLA. Compile the model with "
+                "jit_compile=False as well, or leave the reverse pass to jit_compile='auto'."
+            )
+        return True
+    if asked is True:
+        raise ValueError(
+            "`jit_compile=True` of the reverse pass would draw other dropout masks (or noise) than "
+            "the training, which is not compiled by XLA. Compile the model with jit_compile=True "
+            "as well, or leave the reverse pass to jit_compile='auto'."
+        )
+    return False

@@ -21,15 +21,14 @@ import tensorflow as tf
 from keras_drmad import batches as packing
 from keras_drmad import curvature as curvatures
 from keras_drmad import step_checks
-from keras_drmad.compilation import Compilation
-from keras_drmad.objectives import OuterLoss, TrainingLoss, seed_variables
+from keras_drmad.compilation import Compilation, wanted
+from keras_drmad.objectives import OuterLoss, TrainingLoss
 from keras_drmad.optimizers import block_of
 from keras_drmad.recorder import Recorder
 from keras_drmad.reverse import Adjoint, ReverseLoop
+from keras_drmad.settings import Setting, amount, nearest, stretches, visits
 from keras_drmad.steps import Run, Steps, split
-from keras_drmad.trajectories import Anchors, Dense, Path, State, Trajectory
-
-Amount = int | float | None  # a number of steps, a fraction of them, or all
+from keras_drmad.trajectories import Anchors, Dense, State
 
 # On a reconstructed path an adjoint that has grown this much over where it started is no estimate
 # any more: the path leads over points of negative curvature on which training never was.
@@ -37,35 +36,6 @@ GROWTH_LIMIT = 100.0
 # A stretch that is replayed must end where training was, to this part of the way that it went.
 # Rounding makes 1e-6 to 0.02 in float32, and up to 0.08 in bfloat16 (docs/decisions.md).
 MISS_LIMIT = 0.2
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a hypergradient is estimated.
-
-    Args:
-        trajectory: What is kept of the states.
-        curvature: A name of `keras_drmad.curvature`.
-        window: How many last steps are walked.
-        reverse_steps: How many steps of the window are visited.
-        max_batches: How many batches serve, where the path is not exact; None is all.
-    """
-
-    trajectory: Trajectory
-    curvature: str
-    window: Amount = None
-    reverse_steps: Amount = None
-    max_batches: int | None = None
-
-    def first(self, steps: int | None) -> int:
-        """The first step that is walked, of so many; 0 while their number is not known."""
-        return 0 if steps is None else steps - amount(self.window, steps)
-
-    def __str__(self) -> str:
-        parts = [self.trajectory.name, self.curvature]
-        amounts = (("window", self.window), ("visiting", self.reverse_steps))
-        parts += [f"{name} {value}" for name, value in amounts if value is not None]
-        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -104,7 +74,7 @@ class Estimator:
     ):
         self.model, self.tuned = model, list(tuned)
         self._asked = jit_compile
-        self._compilation = Compilation(_compiled(model, jit_compile))
+        self._compilation = Compilation(wanted(model, jit_compile))
         self.recorder = Recorder(model)
         # Called with the number of steps visited so far and of all, now and then in a walk.
         self.progress: Callable[[int, int], None] = lambda done, total: None
@@ -153,7 +123,7 @@ class Estimator:
         def first(spec: Any) -> None:
             before(spec)
             # Only now are all layers built, and those known that draw random numbers.
-            compiled = _compiled(self.model, self._asked)
+            compiled = wanted(self.model, self._asked)
             if compiled != self._compilation.asked:
                 self._compilation = Compilation(compiled)
             self._iteration = tf.identity(self.model.optimizer.iterations.value)
@@ -259,7 +229,7 @@ class Estimator:
 
     def _every_row(self) -> tf.Tensor:
         """The batch of each step of the run."""
-        return tf.constant(_nearest(self._kept, np.arange(self.steps)))
+        return tf.constant(nearest(self._kept, np.arange(self.steps)))
 
     def nbytes(self, setting: Setting) -> int:
         """Bytes that a setting keeps of a run like the finished one, batches and states."""
@@ -308,14 +278,14 @@ class Estimator:
         loop = self._loop(setting.curvature, compiled)
         exact = setting.trajectory.exact
         limit = math.inf if exact else GROWTH_LIMIT * float(tf.linalg.global_norm(self.outer[1]))
-        visits = _visits(first, self.steps, amount(setting.reverse_steps, self.steps - first))
-        steps, rows = tf.constant(visits), tf.constant(self._rows(setting, visits))
+        visited = visits(first, self.steps, amount(setting.reverse_steps, self.steps - first))
+        steps, rows = tf.constant(visited), tf.constant(self._rows(setting, visited))
         path = setting.trajectory.path()
-        joints, room = _stretches(path, visits)
+        joints, room = stretches(path, visited)
         again = self._every_row() if isinstance(path, Anchors) else None
-        notes = {int(np.sum(visits >= self.steps - mark)): self.steps - mark for mark in marks}
-        self.progress(0, len(visits))
-        for begin, end in self._portions(len(visits), sorted(notes), joints):
+        notes = {int(np.sum(visited >= self.steps - mark)): self.steps - mark for mark in marks}
+        self.progress(0, len(visited))
+        for begin, end in self._portions(len(visited), sorted(notes), joints):
             begun = time.perf_counter()
             adjoint, walked, norm, missed = loop.walk(
                 self._batches, self._run, path, steps, rows, begin, end, adjoint, limit, again, room
@@ -330,7 +300,7 @@ class Estimator:
                         return dataclasses.replace(found, fallback=setting.curvature)
                     except LookupError:
                         pass  # TensorFlow has no second derivative of a layer
-                lost = int(visits[begin + walked - 1])
+                lost = int(visited[begin + walked - 1])
                 what = "is not a number" if math.isnan(norm) else "exploded"
                 return result(lost, f"the adjoint {what} {self.steps - lost} steps before the end")
             if missed > MISS_LIMIT:
@@ -339,11 +309,11 @@ class Estimator:
             took = time.perf_counter() - begun
             if compiled and begin and self._compilation.hopeless(str(setting), took, walked):
                 compiled, loop = False, self._loop(setting.curvature, False)
-            self.progress(end, len(visits))
+            self.progress(end, len(visited))
             if end in notes and notes[end] > first:
                 noted.append(result(notes[end]))
         found = result(first)
-        self._compilation.note(str(setting), compiled, found.seconds, len(visits))
+        self._compilation.note(str(setting), compiled, found.seconds, len(visited))
         if loop.refused:
             self._compilation.possible = False
         return found
@@ -430,7 +400,7 @@ class Estimator:
         if not setting.trajectory.all_batches and setting.max_batches is not None:
             rows = rows[self._kept >= setting.first(self._planned or self.steps)]
             rows = rows[:: max(1, math.ceil(len(rows) / setting.max_batches))]
-        return rows[_nearest(self._kept[rows], visits)]
+        return rows[nearest(self._kept[rows], visits)]
 
 
 def _other_run(missed: float) -> str:
@@ -440,63 +410,3 @@ def _other_run(missed: float) -> str:
         "between steps (a callback that sets them), or a layer draws random numbers from no "
         "keras.random.SeedGenerator. trajectory='linear' replays nothing"
     )
-
-
-def _compiled(model: keras.Model, asked: bool | str) -> bool | str:
-    """Whether XLA compiles walks.
-
-    It draws other random numbers from a seed than plain graphs, and in half precision it rounds so
-    much less that a replay ends elsewhere: there a walk goes as `fit` went.
-    """
-    like_fit = bool(model.jit_compile and not model.run_eagerly)
-    if not seed_variables(model):
-        half = any(layer.compute_dtype == "bfloat16" for layer in model._flatten_layers())
-        return like_fit if half and asked == "auto" else asked
-    if like_fit:
-        if asked is False:
-            raise ValueError(
-                "`jit_compile=False` of the reverse pass would draw other dropout masks (or noise) "
-                "than the training, which is compiled by XLA. Compile the model with "
-                "jit_compile=False as well, or leave the reverse pass to jit_compile='auto'."
-            )
-        return True
-    if asked is True:
-        raise ValueError(
-            "`jit_compile=True` of the reverse pass would draw other dropout masks (or noise) than "
-            "the training, which is not compiled by XLA. Compile the model with jit_compile=True "
-            "as well, or leave the reverse pass to jit_compile='auto'."
-        )
-    return False
-
-
-def amount(asked: Amount, total: int) -> int:
-    """A number of steps: None is all, a float is a fraction of them."""
-    if asked is None:
-        return total
-    wanted = round(asked * total) if isinstance(asked, float) else asked
-    return min(max(1, wanted), total)
-
-
-def _visits(first: int, stop: int, count: int) -> np.ndarray:
-    """So many steps of first <= t < stop, evenly spaced, the last first."""
-    return np.unique(np.linspace(first, stop - 1, count).round().astype(np.int64))[::-1].copy()
-
-
-def _stretches(path: Path | Dense | Anchors, visits: np.ndarray) -> tuple[np.ndarray, int]:
-    """After how many visits a stretch between anchors has been walked, and the longest stretch.
-
-    A walk that pauses within a stretch would have to replay it again. Where nothing is replayed it
-    may pause anywhere.
-    """
-    if not isinstance(path, Anchors):
-        return np.arange(1, len(visits)), 0
-    times = path.times.numpy()
-    return np.sum(visits[:, None] >= times, axis=0)[::-1], int(np.max(np.diff(times)))
-
-
-def _nearest(kept: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Of each step, the index of the kept step that is nearest."""
-    after = np.clip(np.searchsorted(kept, steps), 0, len(kept) - 1)
-    before = np.maximum(after - 1, 0)
-    closer = np.abs(steps - kept[before]) < np.abs(kept[after] - steps)
-    return np.where(closer, before, after).astype(np.int64)

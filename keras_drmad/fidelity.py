@@ -14,7 +14,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_drmad.estimator import Estimator, Hypergradients, Setting, amount
+from keras_drmad.estimator import Estimator, Hypergradients
+from keras_drmad.settings import Setting, amount
 from keras_drmad.trajectories import Linear, Piecewise, Replay
 
 

@@ -12,11 +12,12 @@ import tensorflow as tf
 
 from keras_drmad import checks, trajectories
 from keras_drmad.callback import DrMADCallback
-from keras_drmad.estimator import Amount, Estimator, Hypergradients, Setting
+from keras_drmad.estimator import Estimator, Hypergradients
 from keras_drmad.fidelity import Agreement, agreement
 from keras_drmad.objectives import OuterLoss, seed_variables
 from keras_drmad.optimizers import Optimizer
 from keras_drmad.reports import Record
+from keras_drmad.settings import Amount, Setting
 from keras_drmad.trajectories import Linear, State, Stored
 
 

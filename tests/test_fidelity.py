@@ -10,7 +10,8 @@ import tensorflow as tf
 import keras_drmad as kd
 from keras_drmad import estimator as estimation
 from keras_drmad import fidelity
-from keras_drmad.estimator import Hypergradients, Setting
+from keras_drmad.estimator import Hypergradients
+from keras_drmad.settings import Setting
 from keras_drmad.trajectories import Linear
 
 

@@ -47,15 +47,16 @@ ROOMS = {
     "halves": "batches linearize | tensorflow",
     "steps": "batches curvature rules trajectories | tensorflow",
     "reverse": "batches halves steps sums trajectories | tensorflow",
-    "compilation": "| tensorflow",
+    "compilation": "objectives | keras tensorflow",
+    "settings": "trajectories | numpy",
     "step_checks": (
         "graphs normalization objectives optimizers pooling steps trajectories | keras tensorflow"
     ),
     "estimator": (
         "base_optimizer batches compilation curvature normalization objectives optimizers "
-        "recorder reverse step_checks steps trajectories | keras numpy tensorflow"
+        "recorder reverse settings step_checks steps trajectories | keras numpy tensorflow"
     ),
-    "fidelity": "estimator objectives trajectories | keras numpy",
+    "fidelity": "estimator objectives settings trajectories | keras numpy",
     "restart": "objectives | keras tensorflow",
     "hyper_data": "objectives tunable | keras numpy tensorflow",
     "outer": "domains tunable | keras numpy tensorflow",
@@ -84,12 +85,13 @@ ROOMS = {
     # Wiring: both may import every room below them.
     "callback": (
         "checks curvature estimator fidelity hyper_data hyperparameters initial_scale "
-        "normalization objectives outer recorder reports sample_weights search_space tensorboard "
+        "normalization objectives outer recorder reports sample_weights search_space settings "
+        "tensorboard "
         "trajectories tuning_run | keras"
     ),
     "verify": (
         "callback checks estimator fidelity hyper_data objectives optimizers outer reports "
-        "trajectories | keras numpy tensorflow"
+        "settings trajectories | keras numpy tensorflow"
     ),
 }
 NAMES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
