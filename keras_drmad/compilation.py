@@ -56,6 +56,10 @@ class Compilation:
             return False
         return math.isinf(pace.compiled) or pace.compiled < pace.plain
 
+    def untried(self, kind: str) -> bool:
+        """Whether no walk of a kind has been compiled, to see whether that is faster."""
+        return self.asked == "auto" and not self._pace(kind).tried
+
     def settled(self, kind: str) -> bool:
         """Whether every later walk of a kind goes the same way."""
         if self.asked != "auto" or not self.possible or is_op_determinism_enabled():

@@ -285,7 +285,8 @@ class Estimator:
         again = self._every_row() if isinstance(path, Anchors) else None
         notes = {int(np.sum(visited >= self.steps - mark)): self.steps - mark for mark in marks}
         self.progress(0, len(visited))
-        for begin, end in self._portions(len(visited), sorted(notes), joints):
+        trial = compiled and self._compilation.untried(str(setting))
+        for begin, end in self._portions(len(visited), sorted(notes), joints, trial):
             begun = time.perf_counter()
             adjoint, walked, norm, missed = loop.walk(
                 self._batches, self._run, path, steps, rows, begin, end, adjoint, limit, again, room
@@ -353,7 +354,7 @@ class Estimator:
         return ""
 
     def _portions(
-        self, count: int, marks: Sequence[int], joints: np.ndarray
+        self, count: int, marks: Sequence[int], joints: np.ndarray, trial: bool
     ) -> Iterator[tuple[int, int]]:
         """The visits in parts that take about a second each, to tell progress in between.
 
@@ -361,8 +362,12 @@ class Estimator:
             count: How many visits there are.
             marks: Where a part must end.
             joints: Where a part had better end.
+            trial: Whether to begin with two single visits: to compile, and to see how fast it is.
         """
         begin = 0
+        while trial and begin < min(2, count):
+            yield begin, begin + 1
+            begin += 1
         while begin < count:
             stop = min([mark for mark in marks if mark > begin] + [count])
             wanted = min(stop, begin + self._portion)

@@ -181,6 +181,21 @@ def test_a_hopeless_walk_ends_plainly(monkeypatch, float64, trajectory):
     fits.assert_same_updates(ended, fit(trajectory=trajectory, jit_compile=False), 1e-10)
 
 
+@pytest.mark.parametrize("trajectory", ["linear", "replay"])
+def test_a_walk_on_trial_begins_with_single_steps(monkeypatch, float64, trajectory):
+    monkeypatch.setattr(Compilation, "WORTH", 0.0)
+    parts = []
+    walk = ReverseLoop.walk
+    def noted(loop, *args):
+        parts.append((loop.jit_compile, *args[5:7]))
+        return walk(loop, *args)
+
+    monkeypatch.setattr(ReverseLoop, "walk", noted)
+    fit(trajectory=trajectory)
+    assert parts[:3] == [(True, 0, 1), (True, 1, 2), (True, 2, 4)]  # compile, look, go on
+    assert (True, 0, 4) in parts or (True, 0, 2) in parts  # the second time as any other
+
+
 def test_under_determinism_the_clock_decides_nothing(determinism):
     choice = Compilation("auto")
     choice.note("linear", False, 100.0, 1000)
