@@ -49,6 +49,13 @@ class Walked(NamedTuple):
 Signature = Callable[[], tuple]  # made once for each graph
 
 
+class Anchor(NamedTuple):
+    """A step, and the state before it."""
+
+    time: tf.Tensor
+    state: State
+
+
 @dataclass(eq=False)
 class ReverseLoop:
     """The loop's graphs, traced once for one model, optimizer, curvature and form of batch.
@@ -228,12 +235,17 @@ class ReverseLoop:
         def goes_on(i, norm):
             return tf.logical_and(i < end, tf.logical_and(norm <= limit, tf.math.is_finite(norm)))
 
-        start = begin, tf.constant(0.0, tf.float64), tf.constant(0.0, tf.float64), adjoint
+        start = begin, _zero(), _zero(), adjoint
         if not isinstance(path, Anchors):
             # Stable runs hardly ever grow at all (docs/fidelity.md).
             ceiling = CEILING * limit if isinstance(path, Path) else None
-            checked = isinstance(path, Dense)
-            back = self._back_along(batches, run, lambda t: state_at(path, t), ceiling, checked)
+            far_of = None
+            if isinstance(path, Dense):
+
+                def far_of(t, state, after):
+                    return self._missed(state, after, state_at(path, t + 1))
+
+            back = self._back_along(batches, run, lambda t: state_at(path, t), ceiling, far_of)
             i, norm, missed, adjoint = walk_down(tf.constant(0, tf.int64), back, *start)
             return adjoint, i, norm, missed
         replay, back, arrays = self._replaying(
@@ -243,13 +255,14 @@ class ReverseLoop:
         def segment(i, norm, missed, adjoint, arrays):
             last = tf.gather(visits, i)
             at = tf.searchsorted(path.times, last[None], side="right")[0] - 1
-            first = tf.gather(path.times, at)
-            state, there = ([tf.gather(x, k) for x in path.arrays] for k in (at, at + 1))
-            after, arrays = replay(first, state, tf.gather(path.times, at + 1), arrays)
-            weights = len(adjoint.weights)
-            far = _missed(state[:weights], after[:weights], there[:weights])
+            start, end = (
+                Anchor(tf.gather(path.times, k), [tf.gather(x, k) for x in path.arrays])
+                for k in (at, at + 1)
+            )
+            far, arrays = replay(start, last, end, arrays)
             missed = tf.maximum(missed, far)
-            return *walk_down(first, back(first, arrays), i, norm, missed, adjoint), arrays
+            walked = walk_down(start.time, back(start, end, arrays), i, norm, missed, adjoint)
+            return *walked, arrays
 
         i, norm, missed, adjoint, _ = tf.while_loop(
             lambda i, norm, *_: goes_on(i, norm),
@@ -259,26 +272,24 @@ class ReverseLoop:
         )
         return adjoint, i, norm, missed
 
-    def _back_along(self, batches, run, state_of, ceiling=None, checked=False):
-        """One step back from the state at it; and how far it ends from the next, if `checked`."""
+    def _back_along(self, batches, run, state_of, ceiling=None, far_of=None):
+        """One step back from the state at it; and how far it ends from where training was."""
 
         def back(t, row, bars):
             state = state_of(t)
-            weights, there = len(self.steps.slots), state_of(t + 1) if checked else []
 
             def step(batch):
                 given = self.steps.given(run, t, row, batch)
                 after, found = self._compiled(self.steps.back)(state, given, bars, ceiling)
-                far = (
-                    _missed(*(x[:weights] for x in (state, after, there)))
-                    if checked
-                    else tf.constant(0.0, tf.float64)
-                )
-                return found, far
+                return found, _zero() if far_of is None else far_of(t, state, after)
 
             return batches.apply(run.batches, row, step)
 
         return back
+
+    def _missed(self, start: State, found: State, true: State) -> tf.Tensor:
+        weights = len(self.steps.slots)
+        return _missed(start[:weights], found[:weights], true[:weights])
 
     def _replaying(self, batches, run, path, again, adjoint, room):
         """How to make steps again, how to walk back over them, and what is kept in between."""
@@ -289,21 +300,35 @@ class ReverseLoop:
         )
         if halves is None:
 
-            def replay(first, state, end, arrays):
-                return self._forward(batches, run, first, state, again, end, arrays)
+            def replay(start, last, end, arrays):
+                # The step before an anchor is made on the way back as well, and compared there.
+                compared = last == end.time - 1
+                stop = tf.where(compared, last, end.time)
+                after, arrays = self._forward(
+                    batches, run, start.time, start.state, again, stop, arrays
+                )
+                far = self._missed(start.state, after, end.state)
+                return tf.where(compared, _zero(), far), arrays
 
-            def back(first, arrays):
+            def back(start, end, arrays):
                 def state_of(t):
-                    return [array.read(tf.cast(t - first, tf.int32)) for array in arrays]
+                    return [array.read(tf.cast(t - start.time, tf.int32)) for array in arrays]
 
-                return self._back_along(batches, run, state_of)
+                def far_of(t, state, after):
+                    return tf.cond(
+                        t == end.time - 1,
+                        lambda: self._missed(start.state, after, end.state),
+                        _zero,
+                    )
+
+                return self._back_along(batches, run, state_of, None, far_of)
 
             return replay, back, _room_for(state, room + 1)
         self._halves.append(halves)
 
-        def replay_early(first, state, end, arrays):
+        def replay_early(start, last, end, arrays):
             def body(t, state, arrays):
-                row, at = tf.gather(again, t), tf.cast(t - first, tf.int32)
+                row, at = tf.gather(again, t), tf.cast(t - start.time, tf.int32)
                 saved, state = batches.apply(
                     run.batches,
                     row,
@@ -311,19 +336,23 @@ class ReverseLoop:
                 )
                 return t + 1, state, [a.write(at, x) for a, x in zip(arrays, saved, strict=True)]
 
-            return tf.while_loop(
-                lambda t, *_: t < end, body, (first, state, arrays), parallel_iterations=1
-            )[1:]
+            _, after, arrays = tf.while_loop(
+                lambda t, *_: t < end.time,
+                body,
+                (start.time, start.state, arrays),
+                parallel_iterations=1,
+            )
+            return self._missed(start.state, after, end.state), arrays
 
-        def back_late(first, arrays):
+        def back_late(start, end, arrays):
             def back(t, row, bars):
-                saved = [array.read(tf.cast(t - first, tf.int32)) for array in arrays]
+                saved = [array.read(tf.cast(t - start.time, tf.int32)) for array in arrays]
                 found = batches.apply(
                     run.batches,
                     row,
                     lambda batch: halves.late(saved, self.steps.given(run, t, row, batch), bars),
                 )
-                return found, tf.constant(0.0, tf.float64)
+                return found, _zero()
 
             return back
 
@@ -377,6 +406,10 @@ def _missed(start: Tensors, found: Tensors, true: Tensors) -> tf.Tensor:
     way = _norm([a - b for a, b in zip(true, start, strict=True)])
     # Of weights that hardly move, the way is not much longer than what rounding moves them.
     return tf.math.divide_no_nan(far, tf.maximum(way, 1e-4 * _norm(start)))
+
+
+def _zero() -> tf.Tensor:
+    return tf.zeros([], tf.float64)
 
 
 _COUNT = tf.TensorSpec([], tf.int32)

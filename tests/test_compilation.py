@@ -186,6 +186,7 @@ def test_a_walk_on_trial_begins_with_single_steps(monkeypatch, float64, trajecto
     monkeypatch.setattr(Compilation, "WORTH", 0.0)
     parts = []
     walk = ReverseLoop.walk
+
     def noted(loop, *args):
         parts.append((loop.jit_compile, *args[5:7]))
         return walk(loop, *args)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
+from versions import cases
 
 import keras_drmad as kd
 
@@ -137,19 +138,22 @@ class Again(layers.Layer):
         return self.how(lambda z: self.dense(z))(x)
 
 
-@pytest.mark.parametrize("how", [tf.recompute_grad, keras.remat], ids=["tensorflow", "keras"])
+AGAIN = {"tensorflow": tf.recompute_grad, "remat": getattr(keras, "remat", None)}
+
+
+@pytest.mark.parametrize("how", cases(AGAIN))
 def test_a_part_that_is_computed_again_is_refused(how):
     with pytest.raises(ValueError, match=r"kernel is read in a way .* keras.remat"):
-        fit(Again(how))
+        fit(Again(AGAIN[how]))
 
 
-@pytest.mark.parametrize("how", [tf.recompute_grad, keras.remat], ids=["tensorflow", "keras"])
+@pytest.mark.parametrize("how", cases(AGAIN))
 def test_it_ends_the_walk_where_nothing_is_trained_before_it(how):
     def without_first(parts):
         return keras.Sequential([parts[0], *parts[2:]])
 
     with pytest.warns(UserWarning, match=r"skipped: .*kernel.* has no gradient"):
-        record = fit(Again(how), model=without_first)
+        record = fit(Again(AGAIN[how]), model=without_first)
     assert not record.accepted
 
 
