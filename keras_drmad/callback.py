@@ -313,7 +313,7 @@ class DrMADCallback(keras.callbacks.Callback):
             model.optimizer.build(model.trainable_variables)
             self._run.attach()
         checks.check_trained_variables(model)
-        if not self.history and (doubt := self._estimator.look_at_step(spec)):
+        if doubt := self._estimator.look_at_step(spec):
             self._run.warn_once(doubt)
         self._run.before_first_step()
 

@@ -83,6 +83,7 @@ class Estimator:
         # Variables that a training step reads beside the state, and weights that it leaves alone.
         self._read: list[tf.Variable] = []
         self._still: list[tf.Variable] = []
+        self._looked = False
 
     @property
     def traces(self) -> int:
@@ -132,7 +133,9 @@ class Estimator:
         self.recorder.arm(first)
 
     def look_at_step(self, spec: Any) -> str:
-        """Refuse a training step that can't be followed. All layers are built, and the optimizer.
+        """Refuse a training step that can't be followed, the first time that this is called.
+
+        All layers are built, and the optimizer.
 
         Args:
             spec: The element spec of a batch.
@@ -143,13 +146,15 @@ class Estimator:
         Raises:
             ValueError: naming what it is.
         """
+        if self._looked:
+            return ""
         optimizer = self.model.optimizer
         loss, steps = TrainingLoss(self.model, self.tuned), self._steps("gauss_newton", False)
         step = step_checks.trace(loss, steps, optimizer, self.recorder.snapshot(), spec)
         step_checks.check_reads(step)
         step_checks.check_assignments(step)
         step_checks.check_rate(optimizer.fixed_learning_rate, self.tuned)
-        self._read, self._still = step.read, step.still
+        self._read, self._still, self._looked = step.read, step.still, True
         return step_checks.doubts(step)
 
     @property
