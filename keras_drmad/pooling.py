@@ -23,23 +23,22 @@ def max_pool(
 ) -> tf.Tensor:
     """`tf.nn.max_pool`: the same values and, to rounding, the same derivatives."""
     input = tf.convert_to_tensor(input)
-    ordinary = _ordinary  # not what stands in `tf.nn` now, which may lead here
     window = _window(ksize)
     if (
-        window is None
+        not (input.shape.rank == 4 and input.dtype.is_floating)
+        or data_format not in (None, "NHWC")
+        or window is None
         or window != _window(strides)
         or not (padding == "VALID" or (padding == "SAME" and _fits(input, window)))
-        or not (len(input.shape) == 4 and input.dtype.is_floating)
-        or data_format not in (None, "NHWC")
     ):
-        return ordinary(input, ksize, strides, padding, data_format, name)
+        return _ordinary(input, ksize, strides, padding, data_format, name)
     windows = dict(ksize=[1, *window, 1], strides=[1, *window, 1], padding="VALID")
 
     masks: dict[Any, tf.Tensor] = {}  # one in each graph that takes a derivative
 
     @tf.custom_gradient
     def pool(x):
-        y = ordinary(x, window, window, "VALID")
+        y = _ordinary(x, window, window, "VALID")
 
         def mask():
             # As `fit` chooses among equal maxima: the gradient of ones is where they are.
@@ -62,7 +61,7 @@ def max_pool(
 
 # What stops a gradient here, by its name: a mask has none, but where two maxima are equal.
 MASK = "mask_of_maxima"
-_ordinary = tf.nn.max_pool
+_ordinary = tf.nn.max_pool  # what stands there later may lead here
 
 
 def _window(size: Any) -> list[int] | None:
@@ -78,6 +77,4 @@ def _window(size: Any) -> list[int] | None:
 
 
 def _fits(images: tf.Tensor, window: list[int]) -> bool:
-    return len(images.shape) == 4 and all(
-        n is not None and n % w == 0 for n, w in zip(images.shape[1:3], window, strict=True)
-    )
+    return all(n is not None and n % w == 0 for n, w in zip(images.shape[1:3], window, strict=True))
